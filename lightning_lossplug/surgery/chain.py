@@ -1,0 +1,83 @@
+"""One patch per method of an object, however many techniques wrap it.
+
+Techniques that each saved and restored a method would leave patches behind, since they are torn down in the order in
+which they were set up, not in reverse. A chain patches once, orders its wrappers by phase whatever the order in which
+they came, and puts the method back when the last wrapper leaves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+Wrapper = Callable[..., Any]
+
+# Outside the modules: a deep copy of a module in the middle of a fit (weight averaging) must not copy callbacks.
+_CHAINS: WeakKeyDictionary[nn.Module, dict[str, MethodChain]] = WeakKeyDictionary()
+
+
+class MethodChain:
+    """All wrappers around one method of one module; a wrapper is called as ``wrapper(inner, *args, **kwargs)``."""
+
+    def __init__(self, owner: nn.Module, name: str, look_through: bool) -> None:
+        self.original = getattr(owner, name)
+        self.was_instance_attribute = name in vars(owner)  # true for the methods of a compiled LightningModule
+        self.wrappers: dict[object, tuple[int, Wrapper]] = {}
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            function = self.original
+            for _, wrapper in self._outermost_last():
+                function = functools.partial(wrapper, function)
+            return function(*args, **kwargs)
+
+        # Lightning reads the signature of training_step through __wrapped__; for configure_model it must not look
+        # through, or it takes the method as not overridden and never calls it.
+        setattr(owner, name, functools.wraps(self.original)(call) if look_through else call)
+
+    def _outermost_last(self) -> list[tuple[int, Wrapper]]:
+        return sorted(self.wrappers.values(), key=lambda item: item[0], reverse=True)
+
+
+def wrap_method(
+    owner: nn.Module, name: str, key: object, wrapper: Wrapper, *, order: int = 0, look_through: bool = True
+) -> None:
+    """Adds a wrapper around ``owner.name``.
+
+    Args:
+        owner: The module whose method is wrapped.
+        name: The method.
+        key: Identifies the wrapper; the same key replaces it.
+        wrapper: Called as ``wrapper(inner, *args, **kwargs)``; ``inner`` runs the rest of the chain.
+        order: Position; lower is further out. Equal orders: first added is outermost.
+        look_through: Keep the signature and ``__wrapped__`` of the original visible.
+    """
+    chains = _CHAINS.setdefault(owner, {})
+    if name not in chains:
+        chains[name] = MethodChain(owner, name, look_through)
+    chains[name].wrappers[key] = (order, wrapper)
+
+
+def unwrap_method(owner: nn.Module, name: str, key: object) -> None:
+    """Removes a wrapper; with the last one the method is as it was. Unknown keys are ignored."""
+    chain = _CHAINS.get(owner, {}).get(name)
+    if chain is None:
+        return
+    chain.wrappers.pop(key, None)
+    if chain.wrappers:
+        return
+    if chain.was_instance_attribute:
+        setattr(owner, name, chain.original)
+    else:
+        delattr(owner, name)
+    del _CHAINS[owner][name]
+    if not _CHAINS[owner]:
+        del _CHAINS[owner]
+
+
+def wrapped_methods(owner: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the methods of ``owner`` that are wrapped now."""
+    return tuple(_CHAINS.get(owner, {}))

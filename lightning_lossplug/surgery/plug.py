@@ -1,0 +1,203 @@
+"""Plugged layers: a weight that passes through an ordered stack of transforms each time it is read.
+
+Plugging swaps the class of a layer in place for a subclass in which the parameter is a property: reading it gives the
+transformed value, while the Parameter object, its key in the state dict and its place in the optimizer stay what they
+were. The layer's own ``forward`` runs, so nothing is specific to a kind of layer, and a parent that reads
+``layer.weight`` itself (``nn.MultiheadAttention``) sees the transformed weight too.
+
+The stack is ordered by stage (structure, sparsity, quantization), whatever the order in which techniques came.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lossplug.errors import LossplugError
+
+STAGES = ("structure", "sparsity", "quantization")
+
+
+class WeightTransform(nn.Module):
+    """One stage of a weight's stack: a map from a weight to a weight of the same shape."""
+
+    stage: ClassVar[str]
+
+    def check_fold(self) -> str | None:
+        """Returns why the weight can't be folded now (a decay not at its end, say), or None."""
+        return None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A dense checkpoint knows nothing of transforms: it loads with strict=True and leaves them as they are.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+
+
+class PluggedLayer:
+    """Mixin of every plugged class; ``isinstance(layer, PluggedLayer)`` tells a plugged layer."""
+
+    plugged_parameters: ClassVar[tuple[str, ...]]
+
+
+def transforms_name(parameter: str) -> str:
+    """Returns the name of the submodule that holds the transforms of a parameter."""
+    return f"{parameter}_transforms"
+
+
+def _plugged_property(parameter: str) -> property:
+    stack_name = transforms_name(parameter)
+
+    def read(layer: nn.Module) -> Tensor | None:
+        weight = layer._parameters[parameter]
+        # Under FSDP2 the parameter is a DTensor while it is sharded, and only FSDP2 itself reads it then.
+        if weight is None or hasattr(weight, "_local_tensor"):
+            return weight
+        value: Tensor = weight
+        stack = layer._modules[stack_name]._modules  # type: ignore[union-attr]
+        for stage in STAGES:
+            if stage in stack:
+                value = stack[stage](value)  # type: ignore[misc]
+        return value
+
+    def write(layer: nn.Module, value: nn.Parameter) -> None:
+        layer.register_parameter(parameter, value)
+
+    return property(read, write)
+
+
+@functools.cache
+def plugged_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    """Returns the subclass of ``cls`` in which ``parameters`` are read through their stacks."""
+    namespace: dict[str, Any] = {name: _plugged_property(name) for name in parameters}
+    namespace["plugged_parameters"] = parameters
+    # The class exists only here, so pickle and deepcopy rebuild it from the plain class.
+    namespace["__reduce_ex__"] = lambda self, protocol: (_rebuild, (cls, parameters, vars(self).copy()))
+    namespace["__module__"] = cls.__module__
+    return type(f"Plugged{cls.__name__}", (PluggedLayer, cls), namespace)
+
+
+def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...], state: dict[str, Any]) -> nn.Module:
+    layer = cls.__new__(cls)
+    layer.__class__ = plugged_class(cls, parameters)
+    vars(layer).update(state)
+    return layer
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class the layer had before it was plugged."""
+    return type(layer).__bases__[1] if isinstance(layer, PluggedLayer) else type(layer)
+
+
+def latent(layer: nn.Module, parameter: str = "weight") -> nn.Parameter:
+    """Returns the Parameter itself, the value before any transform."""
+    value = layer._parameters[parameter]
+    assert value is not None
+    return value
+
+
+def transform_of(layer: nn.Module, stage: str, parameter: str = "weight") -> WeightTransform | None:
+    """Returns the transform at a stage of a parameter's stack, or None."""
+    stack = layer._modules.get(transforms_name(parameter))
+    found = None if stack is None else stack._modules.get(stage)
+    return found  # type: ignore[return-value]
+
+
+def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weight", where: str = "layer") -> None:
+    """Adds a transform to a parameter's stack.
+
+    Args:
+        layer: Any module that holds the parameter.
+        transform: Its ``stage`` decides the place in the stack.
+        parameter: Name of the parameter.
+        where: Module path, for messages.
+
+    Raises:
+        LossplugError: The stage is taken, the layer has no such parameter, or the weight is sharded already.
+    """
+    weight = layer._parameters.get(parameter)
+    if weight is None:
+        raise LossplugError(f"the {type(layer).__name__} has no parameter {parameter!r}", where=where)
+    if hasattr(weight, "_local_tensor"):
+        raise LossplugError(
+            "the weight is sharded already", where=where, remedy="Build the layers in __init__, shard in configure_model"
+        )
+    taken = transform_of(layer, transform.stage, parameter)
+    if taken is not None:
+        raise LossplugError(
+            f"two techniques want the {transform.stage} stage of {parameter!r}: {type(taken).__name__} and "
+            f"{type(transform).__name__}",
+            where=where,
+            remedy="Give each technique layers of its own",
+        )
+    plugged: tuple[str, ...] = type(layer).plugged_parameters if isinstance(layer, PluggedLayer) else ()
+    if parameter not in plugged:
+        layer.add_module(transforms_name(parameter), nn.ModuleDict())
+        layer.__class__ = plugged_class(plain_class(layer), tuple(sorted((*plugged, parameter))))
+    layer._modules[transforms_name(parameter)][transform.stage] = transform.to(weight.device)  # type: ignore[index]
+
+
+def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
+    """Takes a transform off without folding it: the Parameter keeps its latent value."""
+    stack = layer._modules.get(transforms_name(parameter))
+    if stack is None or stage not in stack._modules:
+        return
+    del stack._modules[stage]
+    if stack._modules:
+        return
+    rest = tuple(name for name in type(layer).plugged_parameters if name != parameter)  # type: ignore[attr-defined]
+    plain = plain_class(layer)
+    layer.__class__ = plugged_class(plain, rest) if rest else plain
+    del layer._modules[transforms_name(parameter)]
+
+
+def plugged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the plugged layers of a model with their paths."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PluggedLayer):
+            yield name, layer
+
+
+@torch.no_grad()
+def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Writes every transformed value into its Parameter and gives the layers their plain classes back.
+
+    Args:
+        model: A model with plugged layers.
+        inplace: Fold the model itself; by default a copy is folded and the model goes on as it was.
+
+    Returns:
+        A model of plain layers (without any plugged layer it is returned as it is, or copied).
+
+    Raises:
+        LossplugError: A transform is not at its end (the weight would not be what the technique promises).
+    """
+    for name, layer in plugged_layers(model):
+        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
+            for transform in layer._modules[transforms_name(parameter)].children():  # type: ignore[union-attr]
+                reason = transform.check_fold()
+                if reason is not None:
+                    raise LossplugError(reason, where=f"{name}.{parameter}")
+    model = model if inplace else copy.deepcopy(model)
+    for _, layer in list(plugged_layers(model)):
+        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
+            latent(layer, parameter).copy_(getattr(layer, parameter))
+        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
+            for stage in STAGES:
+                unplug(layer, stage, parameter=parameter)
+    return model
