@@ -1,0 +1,29 @@
+"""Masks next to sharded weights (FSDP2): the mask is kept whole, the weight as a DTensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tells whether a tensor is a DTensor, without importing ``torch.distributed`` in a process that has none."""
+    return hasattr(tensor, "_local_tensor")
+
+
+def full(weight: Tensor) -> Tensor:
+    """Returns the whole weight, gathered when it is sharded; detached."""
+    return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor, a view of it."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def shard_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Returns this rank's part of a whole mask, as the weight is sharded; every rank holds the same mask."""
+    if not is_sharded(weight):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]

@@ -1,0 +1,306 @@
+"""Progressive N:M sparsity as a technique: which weights, which recipe, and its place in the optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.registry import registry
+from lightning_lossplug.schedules import Progress
+from lightning_lossplug.sparsity.nm_mask import nm_mask
+from lightning_lossplug.sparsity.recipes import Recipe
+from lightning_lossplug.sparsity.sharding import full, local, shard_like
+from lightning_lossplug.sparsity.ste import srste_decay_, srste_penalty_
+from lightning_lossplug.sparsity.transform import NMTransform
+from lightning_lossplug.surgery.plug import latent, plug, transform_of, unplug
+from lightning_lossplug.surgery.select import Candidate, Selection, matches, select
+from lightning_lossplug.technique import Technique
+
+
+@dataclass(frozen=True)
+class NMSettings:
+    """Settings of :class:`NMTechnique`; ``None`` means the recipe's own default (``lossplug show RECIPE``).
+
+    Args:
+        n: Weights kept in every group.
+        m: Group size along the reduction axis.
+        recipe: Registry name of the recipe.
+        include: Glob patterns of layer paths; None: every product but the default exclusions. A mapping gives every
+            pattern its own ``N:M``, for example ``{"*.mlp.*": "1:16", "*.attn.*": "2:4"}``; the first match counts.
+        exclude: Glob patterns that are left out.
+        indivisible: What to do with a selected layer whose reduction axis ``m`` does not divide: ``error`` or ``skip``.
+        total_steps: Length of the run in optimizer steps; None: told by the Trainer.
+        mask_update_every: Optimizer steps between two masks.
+        dense_fraction: Share of the run that is dense at first.
+        finetune_fraction: Share of the run at the end with the final hard mask.
+        grad_mode: ``ste`` or ``masked``.
+        lambda_w: SR-STE's pull on pruned weights.
+        decoupled: Apply that pull outside the optimizer's moments.
+        decay_rate: Mask decay per step.
+        decay_end: Fraction of the run at which the mask decay ends.
+        decay_floor: Factor an exponential decay has reached at ``decay_end``.
+        k: First group multiplier of the geometric structure decay.
+    """
+
+    n: int = 2
+    m: int = 4
+    recipe: str = "nm_srste"
+    include: list[str] | dict[str, str] | None = None
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    indivisible: str = "error"
+    total_steps: int | None = None
+    mask_update_every: int | None = None
+    dense_fraction: float | None = None
+    finetune_fraction: float | None = None
+    grad_mode: str | None = None
+    lambda_w: float | None = None
+    decoupled: bool | None = None
+    decay_rate: float | None = None
+    decay_end: float | None = None
+    decay_floor: float | None = None
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.indivisible not in ("error", "skip"):
+            raise LossplugError(f"indivisible is {self.indivisible!r}", where="NMSparsity", remedy="Use 'error' or 'skip'")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise LossplugError(f"total_steps is {self.total_steps}, allowed is >= 1", where="NMSparsity")
+        for n, m in self.patterns().values():
+            self.build_recipe(n, m)  # a wrong value is an error now, not when the Trainer starts
+
+    def patterns(self) -> dict[str, tuple[int, int]]:
+        """Returns ``{glob: (n, m)}``; a plain list of globs shares ``n`` and ``m``."""
+        if isinstance(self.include, dict):
+            return {glob: parse_nm(pattern) for glob, pattern in self.include.items()}
+        return dict.fromkeys(self.include or ["*"], (self.n, self.m))
+
+    def build_recipe(self, n: int, m: int) -> Recipe:
+        """Builds the recipe for one pattern from the options that were given."""
+        names = ("mask_update_every", "dense_fraction", "finetune_fraction", "grad_mode", "lambda_w", "decoupled")
+        options = {name: getattr(self, name) for name in (*names, "decay_rate", "decay_end", "decay_floor", "k")}
+        given = {name: value for name, value in options.items() if value is not None}
+        return registry.create("recipe", self.recipe, n=n, m=m, **given)
+
+
+def parse_nm(pattern: str) -> tuple[int, int]:
+    """Parses ``"2:4"``.
+
+    Raises:
+        LossplugError: Not two numbers with a colon.
+    """
+    n, colon, m = str(pattern).partition(":")
+    if not (colon and n.strip().isdigit() and m.strip().isdigit()):
+        raise LossplugError(f"{pattern!r} is no N:M pattern", where="NMSparsity", remedy="Write it like '2:4', in quotes in YAML")
+    return int(n), int(m)
+
+
+@dataclass
+class _Layer:
+    candidate: Candidate
+    recipe: Recipe
+    last_update: int = -1
+    pattern: tuple[int, int] | None = None
+    flip_rate: float | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return latent(self.candidate.layer, self.candidate.parameter)
+
+    @property
+    def transform(self) -> NMTransform:
+        found = transform_of(self.candidate.layer, "sparsity", self.candidate.parameter)
+        assert isinstance(found, NMTransform)
+        return found
+
+
+class NMTechnique(Technique[NMSettings]):
+    """N:M sparsity along the reduction axis of each selected weight, by one of the registered recipes.
+
+    Order within a step: unscale, clip, penalty (:meth:`before_step`), optimizer, tick and mask (:meth:`advance`).
+    """
+
+    name = "NMSparsity"
+
+    def __init__(self, settings: NMSettings) -> None:
+        super().__init__(settings)
+        self.layers: dict[str, _Layer] = {}
+        self.measure = True  # whether to compare each new mask with the last one
+        self._restored: dict[str, Any] = {}
+        self._position: tuple[str, float] | None = None
+
+    def attach(self, model: nn.Module) -> Selection:
+        """Plugs the selected weights; see :meth:`Technique.attach`."""
+        patterns = self.settings.patterns()
+
+        def recipe_for(candidate: Candidate) -> Recipe:
+            for glob, (n, m) in patterns.items():
+                if matches([glob], candidate):
+                    recipe = self.settings.build_recipe(n, m)
+                    length = candidate.shape[candidate.reduction_axis or 0]
+                    return recipe.fit_axis(length)
+            raise AssertionError(candidate.name)
+
+        def check(candidate: Candidate) -> str | None:
+            if candidate.reduction_axis is None:
+                return "an embedding has no reduction axis"
+            weight = latent(candidate.layer, candidate.parameter)
+            if not weight.is_floating_point():
+                return f"its dtype is {weight.dtype}"
+            n, m = next(nm for glob, nm in patterns.items() if matches([glob], candidate))
+            length = candidate.shape[candidate.reduction_axis]
+            if length % m == 0:
+                return None
+            if getattr(candidate.layer, "groups", 1) > 1:
+                return f"grouped convolution with {length} input channels per group, not divisible by {m}"
+            if self.settings.indivisible == "skip":
+                return f"{m} does not divide its reduction axis of {length}"
+            raise LossplugError(
+                f"M = {m} does not divide the reduction axis of {length} (weight {'x'.join(map(str, candidate.shape))})",
+                where=candidate.name,
+                remedy="Choose another M, add the layer to exclude, or set indivisible='skip'",
+            )
+
+        include = None if self.settings.include is None else list(patterns)
+        selection = select(model, include, self.settings.exclude, check=check, technique=self.name)
+        for candidate in selection.taken:
+            known = self.layers.get(candidate.name)
+            if known is not None and known.candidate.layer is candidate.layer:
+                continue
+            recipe = recipe_for(candidate)
+            transform = NMTransform(latent(candidate.layer, candidate.parameter), recipe.grad_mode)
+            plug(candidate.layer, transform, parameter=candidate.parameter, where=candidate.name)
+            self.layers[candidate.name] = _Layer(candidate, recipe)
+        return selection
+
+    @torch.no_grad()
+    def advance(self, progress: Progress) -> None:
+        """Sets decay and mask of every layer for the step to come."""
+        total = self.settings.total_steps or progress.total_steps
+        for name, layer in self.layers.items():
+            state = layer.recipe.plan(total).state(progress.step)
+            transform = layer.transform
+            self._position = (state.phase, state.decay)
+            transform.set_decay(state.decay)
+            if state.phase == "dense":
+                continue
+            pattern = (state.n, state.m)
+            if layer.pattern == pattern and not layer.recipe.mask_due(progress.step, layer.last_update):
+                continue
+            axis = layer.candidate.reduction_axis
+            assert axis is not None
+            try:
+                mask = nm_mask(full(layer.weight), *pattern, dim=axis)
+            except LossplugError as error:
+                raise LossplugError(error.what, where=name, remedy=error.remedy) from None
+            if self.measure and layer.pattern is not None:
+                layer.flip_rate = float((mask != transform.mask).sum()) / mask.numel()
+            transform.mask.copy_(mask)
+            layer.pattern, layer.last_update = pattern, progress.step
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Adds SR-STE's pull on pruned weights; masks the gradients of a frozen mask."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        scale = getattr(optimizer, "grad_scale", None)  # set while a fused optimizer unscales by itself
+        for layer in self.layers.values():
+            group, transform = groups.get(id(layer.weight)), layer.transform
+            if group is None or transform.mode == "dense" or layer.weight.grad is None:
+                continue
+            weight, grad = local(layer.weight), local(layer.weight.grad)
+            if layer.recipe.frozen_mask:
+                grad.mul_(shard_like(transform.mask, layer.weight))
+            elif layer.recipe.penalty > 0:
+                mask = shard_like(transform.mask, layer.weight)
+                if layer.recipe.penalty_decoupled:
+                    srste_decay_(weight, mask, layer.recipe.penalty, float(group["lr"]))
+                else:
+                    strength = layer.recipe.penalty if scale is None else layer.recipe.penalty * float(scale)
+                    srste_penalty_(grad, weight, mask, strength)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Keeps the entries a frozen mask prunes at zero, in the weight and in the optimizer's moments."""
+        for layer in self.layers.values():
+            if not layer.recipe.frozen_mask or layer.transform.mode == "dense":
+                continue
+            mask = shard_like(layer.transform.mask, layer.weight)
+            local(layer.weight).mul_(mask)
+            for value in optimizer.state.get(layer.weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+                    local(value).mul_(mask)
+
+    def detach(self, model: nn.Module) -> None:
+        """Takes the masks off; the latent dense weights stay."""
+        for layer in self.layers.values():
+            unplug(layer.candidate.layer, "sparsity", parameter=layer.candidate.parameter)
+        self.layers.clear()
+
+    def reset(self) -> None:
+        """Starts the recipe again from the weights as they are."""
+        for layer in self.layers.values():
+            layer.last_update, layer.pattern, layer.flip_rate = -1, None, None
+            layer.transform.mask.fill_(True)
+
+    def logs(self) -> dict[str, float | Tensor]:
+        """Decay of the pruned weights, achieved sparsity of what the forward pass used, mask flip rate."""
+        kept = total = 0.0
+        for layer in self.layers.values():
+            transform, size = layer.transform, layer.weight.numel()
+            n, m = layer.pattern or (1, 1)
+            kept += size * (n / m if transform.mode == "hard" else 1.0)
+            total += size
+        found: dict[str, float | Tensor] = {"sparsity": 1 - kept / max(total, 1)}
+        if self._position is not None:
+            found["decay"] = self._position[1]
+        flips = [layer.flip_rate for layer in self.layers.values() if layer.flip_rate is not None]
+        if flips:
+            found["flip_rate"] = sum(flips) / len(flips)
+        return found
+
+    def finish(self) -> list[str]:
+        """Says which layers don't have their target pattern at the end."""
+        late = [
+            name
+            for name, layer in self.layers.items()
+            if layer.transform.mode != "hard" or layer.pattern != (layer.recipe.n, layer.recipe.m)
+        ]
+        if not late:
+            return []
+        return [
+            f"{self.name} ({self.settings.recipe}): training ended before the final {self.settings.n}:{self.settings.m} "
+            f"pattern on {len(late)} layers, the first is {late[0]}; train longer or shorten the schedule"
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Last mask update and pattern per layer; the masks themselves are buffers of the model."""
+        return {
+            name: [layer.last_update, list(layer.pattern) if layer.pattern else None, layer.flip_rate]
+            for name, layer in self.layers.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            LossplugError: The checkpoint was made with other layers.
+        """
+        if set(state) != set(self.layers):
+            other = sorted(set(state) ^ set(self.layers))
+            raise LossplugError(
+                f"the checkpoint holds masks of {len(state)} layers, this model selects {len(self.layers)}; "
+                f"the first difference is {other[0]}",
+                where=self.name,
+                remedy="Resume with the include, exclude and model of the first run",
+            )
+        for name, (last_update, pattern, flip_rate) in state.items():
+            layer = self.layers[name]
+            layer.last_update, layer.flip_rate = last_update, flip_rate
+            layer.pattern = tuple(pattern) if pattern else None  # type: ignore[assignment]
+
+
