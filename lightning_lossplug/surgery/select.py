@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -92,12 +93,23 @@ class Selection:
             for choice in self.choices
         ]
 
-    def table(self) -> str:
-        """Returns the selection as a plain-text table."""
-        header = ("layer", "kind", "shape", "taken", "why")
-        rows = [header, *self.rows()]
+    def table(self, *, compact: bool = False) -> str:
+        """Returns the selection as a plain-text table.
+
+        Args:
+            compact: One row for layers that differ only in numbers of their paths (the blocks of a network).
+        """
+        rows = self.rows()
+        if compact:
+            groups: dict[tuple[str, ...], int] = {}
+            for layer, *rest in rows:
+                key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", layer), *rest)
+                groups[key] = groups.get(key, 0) + 1
+            rows = [(f"{key[0]} ({count})" if count > 1 else key[0], *key[1:]) for key, count in groups.items()]  # type: ignore[misc]
+        rows = [("layer", "kind", "shape", "taken", "why"), *rows]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
