@@ -5,14 +5,65 @@ Every loss is one small file, registered under the name on its method card with 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
+from lightning_lossplug.losses.adaface import AdaFace
+from lightning_lossplug.losses.align_uniform import AlignUniform
+from lightning_lossplug.losses.amcl import AMCL
+from lightning_lossplug.losses.arcface import ArcFace
+from lightning_lossplug.losses.barlow_twins import BarlowTwins
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
+from lightning_lossplug.losses.ccl import CCL
+from lightning_lossplug.losses.circle import Circle
+from lightning_lossplug.losses.cosface import CosFace
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
+from lightning_lossplug.losses.decoupled_softmax import DecoupledSoftmax
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.icnn import ICNN
+from lightning_lossplug.losses.info_nce import InfoNCE
+from lightning_lossplug.losses.nt_xent import NTXent, NTXentAM
+from lightning_lossplug.losses.proto_triplet import ProtoTriplet
+from lightning_lossplug.losses.siglip import SigLIP
+from lightning_lossplug.losses.soft_topk import SoftTopK
+from lightning_lossplug.losses.supcon import SupCon
+from lightning_lossplug.losses.tcm import TCM
+from lightning_lossplug.losses.tiled_contrastive import TiledContrastive
+from lightning_lossplug.losses.w_mse import WMSE
 from lightning_lossplug.registry import registry
 
-__all__ = ["ClassificationLoss", "CrossEntropy", "Focal", "FusableLoss", "LabelError", "Loss", "create"]
+if find_spec("pytorch_metric_learning") is not None:
+    import lightning_lossplug.losses.pml  # noqa: F401  registers itself
+
+__all__ = [
+    "AMCL",
+    "CCL",
+    "ICNN",
+    "TCM",
+    "WMSE",
+    "AdaFace",
+    "AlignUniform",
+    "ArcFace",
+    "BarlowTwins",
+    "Circle",
+    "ClassificationLoss",
+    "CosFace",
+    "CrossEntropy",
+    "DecoupledSoftmax",
+    "Focal",
+    "FusableLoss",
+    "InfoNCE",
+    "LabelError",
+    "Loss",
+    "NTXent",
+    "NTXentAM",
+    "ProtoTriplet",
+    "SigLIP",
+    "SoftTopK",
+    "SupCon",
+    "TiledContrastive",
+    "create",
+]
 
 
 def create(name: str, /, **parameters: Any) -> Loss:
