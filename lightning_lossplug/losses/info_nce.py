@@ -27,7 +27,6 @@ MAX_LOGIT_SCALE = math.log(100)
     signature="paired_embeddings",
     gather=True,
     stateful=True,
-    pair_scale=True,
     no_weight_decay=("logit_scale",),
 )
 class InfoNCE(EmbeddingLoss):

@@ -19,7 +19,6 @@ from lightning_lossplug.registry import register
     arxiv="2002.05709",
     signature="paired_embeddings",
     gather=True,
-    pair_scale=True,
 )
 class NTXent(EmbeddingLoss):
     r"""Cross-entropy that picks the other view of a sample among all views of the batch (arXiv 2002.05709).
@@ -97,7 +96,6 @@ class NTXent(EmbeddingLoss):
     arxiv="2404.14913",
     signature="paired_embeddings",
     gather=True,
-    pair_scale=True,
 )
 class NTXentAM(NTXent):
     """NT-Xent whose positive pair is made harder by a margin (arXiv 2404.14913), for speaker and face verification.

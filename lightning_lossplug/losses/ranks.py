@@ -100,4 +100,6 @@ def logsumexp_ranks(gather: bool, x: Tensor) -> Tensor:
     top = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(top, op=dist.ReduceOp.MAX)
     top = torch.where(top.isfinite(), top, 0)
-    return top + sum_ranks(gather, (x - top).exp()).log()
+    total = sum_ranks(gather, (x - top).exp())
+    some = total > 0
+    return torch.where(some, top + torch.where(some, total, 1).log(), -torch.inf)

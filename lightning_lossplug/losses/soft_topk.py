@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.embeddings import check_range
@@ -33,7 +32,6 @@ class _Threshold(torch.autograd.Function):
         return t
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         s, t = ctx.saved_tensors
         x = ctx.alpha * (s + t)
@@ -51,7 +49,7 @@ def soft_topk_logits(s: Tensor, k: Tensor | int, alpha: float) -> Tensor:
         alpha: Sharpness > 0; towards infinity the membership is the exact top-k indicator.
 
     Returns:
-        :math:`\alpha (s_{ij} + t_i)`, [B, L], whose sigmoids sum to k in every row. Differentiable once.
+        :math:`\alpha (s_{ij} + t_i)`, [B, L], whose sigmoids sum to k in every row.
     """
     k = torch.as_tensor(k, device=s.device).to(s).expand(s.shape[0])[:, None]
     return alpha * (s + _Threshold.apply(s, k, alpha))

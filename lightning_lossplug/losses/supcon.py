@@ -76,7 +76,7 @@ class SupCon(PairLoss):
             y = torch.arange(x.shape[0], device=x.device)
             y = y + gather_rows(self.gather, y)[1]
         with full_precision(x):
-            rows = self.embed(x.reshape(-1, x.shape[-1]), "x")
+            rows = self.embed(x.flatten(0, 1) if x.ndim == 3 else x, "x")
             stride = views if self.contrast_mode == "one" else 1
             return self.pair_loss(self.pairs(rows, y.repeat_interleave(views), ref_x, ref_y, indices_tuple, stride))
 

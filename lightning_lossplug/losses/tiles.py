@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lightning_lossplug.errors import LossplugError
 
 
 class _TiledLSE(torch.autograd.Function):
@@ -29,8 +30,14 @@ class _TiledLSE(torch.autograd.Function):
         return rows, cols if columns else None
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor | None) -> tuple[Any, ...]:
+        # once_differentiable would let create_graph=True pass with a silent zero, as g_rows is often a constant
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise LossplugError(
+                "the tiled contrastive loss has no second derivative",
+                where="create_graph=True",
+                remedy="Use info_nce with backend='dense'",
+            )
         a, b, scale, rows, cols = ctx.saved_tensors
         need_a, need_b, need_scale = ctx.needs_input_grad[:3]
         grad_a = torch.zeros_like(a) if need_a else None
@@ -63,7 +70,7 @@ def tiled_lse(
     """Returns ``logsumexp(scale * a b^T)`` over columns and, where ``columns``, over rows.
 
     Memory is that of the inputs, their gradients and one tile; backward costs one more matrix product (recompute).
-    Not twice differentiable.
+    No second derivative: ``create_graph=True`` raises :class:`LossplugError`.
 
     Args:
         a: Rows [R, D], float32 or float64.
