@@ -26,12 +26,14 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 ENTRY_POINT_GROUP = "lightning_lossplug"
 
-# Rooms whose import registers what they hold. A room that needs an optional package registers by name in its
-# ``__init__`` and imports the package only when something is created.
+# Rooms whose import registers what they hold. The outer rooms register by dotted path in a light ``__init__``, which
+# imports their optional packages only when something is created.
 BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
     "lightning_lossplug.sparsity",
+    "lightning_lossplug.callbacks",
+    "lightning_lossplug.integrations",
 )
 
 
