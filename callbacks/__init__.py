@@ -12,16 +12,29 @@ from lightning_lossplug.errors import require
 from lightning_lossplug.registry import register_path
 
 if TYPE_CHECKING:
+    from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
-__all__ = ["NMSparsity", "SwapLoss", "TechniqueCallback"]
+__all__ = [
+    "NMSparsity",
+    "SwapLoss",
+    "TechniqueCallback",
+    "dense_state_dict",
+    "load_dense",
+    "load_plugged",
+    "read_checkpoint",
+]
 
 _HOME = {
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
+    "dense_state_dict": "checkpoint",
+    "load_dense": "checkpoint",
+    "load_plugged": "checkpoint",
+    "read_checkpoint": "checkpoint",
 }
 
 for _name, _family in {"NMSparsity": "sparsity", "SwapLoss": "loss"}.items():

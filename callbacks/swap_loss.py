@@ -53,7 +53,9 @@ class SwapLoss(Callback):
             self.loss, self.loss_name, signature = create(loss, **(parameters or {})), entry.name, entry.signature
         else:
             if parameters:
-                raise LossplugError("parameters go with a loss given by name", where="SwapLoss", remedy="Set them on the loss")
+                raise LossplugError(
+                    "parameters go with a loss given by name", where="SwapLoss", remedy="Set them on the loss"
+                )
             entry = next((e for e in registry if e.kind == "loss" and e.load() is type(loss)), None)  # type: ignore[assignment]
             self.loss, self.loss_name = loss, entry.name if entry else type(loss).__name__
             signature = entry.signature if entry else "logits_index"
@@ -74,14 +76,18 @@ class SwapLoss(Callback):
         if any(True for _ in self.loss.parameters()):
             taken = getattr(pl_module, CHILD, None)
             if taken is not None and taken is not self.loss:
-                raise LossplugError("two losses with parameters in one run", where="SwapLoss", remedy="Keep one of them")
+                raise LossplugError(
+                    "two losses with parameters in one run", where="SwapLoss", remedy="Keep one of them"
+                )
             setattr(pl_module, CHILD, self.loss)
         if stage != "fit":
             return
         rivals = [c for c in trainer.callbacks if isinstance(c, SwapLoss) and c.swap.mode == "replace"]  # type: ignore[attr-defined]
         if len(rivals) > 1 and self in rivals and len({c.swap.where for c in rivals}) < len(rivals):
             names = " and ".join(repr(c.loss_name) for c in rivals)
-            raise LossplugError(f"{names} both replace the loss", where="SwapLoss", remedy="Give one of them mode='add'")
+            raise LossplugError(
+                f"{names} both replace the loss", where="SwapLoss", remedy="Give one of them mode='add'"
+            )
         self.swap.attach(pl_module)
         self._checked = False
         wrap_method(pl_module, "training_step", self, self._training_step(trainer), order=LOSS_ORDER)
@@ -136,7 +142,7 @@ class SwapLoss(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the terms of the loss when the Trainer's loggers are due."""
-        every = trainer.log_every_n_steps
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0 and self.swap.last:
             names = {"new": self.loss_name, "old": "replaced"}
             values = {f"SwapLoss/{names[key]}": value for key, value in self.swap.last.items()}

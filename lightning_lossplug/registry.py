@@ -93,7 +93,9 @@ class Entry:
             if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
                 continue
             required = item.default is item.empty
-            annotation = "" if item.annotation is item.empty else str(getattr(item.annotation, "__name__", item.annotation))
+            annotation = (
+                "" if item.annotation is item.empty else str(getattr(item.annotation, "__name__", item.annotation))
+            )
             found.append(Parameter(public_name(item.name), None if required else item.default, annotation, required))
         return found
 
@@ -215,6 +217,8 @@ def register(
     return add
 
 
-def register_path(kind: str, name: str, path: str, *, family: str, aliases: tuple[str, ...] = (), paper: str = "") -> None:
+def register_path(
+    kind: str, name: str, path: str, *, family: str, aliases: tuple[str, ...] = (), paper: str = ""
+) -> None:
     """Registers a factory by dotted path, for things whose module needs an optional package."""
     registry.add(Entry(kind, name, path, family, paper, None, aliases))

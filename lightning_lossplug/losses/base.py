@@ -48,10 +48,14 @@ class ClassificationLoss(Loss, ABC):
 
     weight: Tensor | None
 
-    def __init__(self, weight: Tensor | list[float] | None = None, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(
+        self, weight: Tensor | list[float] | None = None, ignore_index: int = -100, reduction: str = "mean"
+    ) -> None:
         super().__init__(reduction)
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.get_default_dtype() if not isinstance(weight, Tensor) else None)
+            weight = torch.as_tensor(
+                weight, dtype=torch.get_default_dtype() if not isinstance(weight, Tensor) else None
+            )
             if weight.ndim != 1 or not bool((weight >= 0).all()):
                 raise LossplugError("weight has to be one number >= 0 per class", where=type(self).__name__)
         # Not persistent: a class weight is a setting, and a checkpoint has to load whatever the setting.
@@ -113,7 +117,9 @@ class ClassificationLoss(Loss, ABC):
         soft = target.is_floating_point() and target.shape == logits.shape
         z, class_dim = flatten_logits(logits, target, soft, type(self).__name__)
         if weight is not None and weight.numel() != z.shape[1]:
-            raise LossplugError(f"weight has {weight.numel()} classes, the logits have {z.shape[1]}", where=type(self).__name__)
+            raise LossplugError(
+                f"weight has {weight.numel()} classes, the logits have {z.shape[1]}", where=type(self).__name__
+            )
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
             weight = None if weight is None else weight.to(z)

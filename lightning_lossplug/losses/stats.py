@@ -1,7 +1,8 @@
 """Per-row statistics of logits, from which a whole family of losses is computed.
 
 Many classification losses depend on a row of logits ``z`` only through a few scalars: the log-partition
-``lse = logsumexp(z)``, the target logit ``z_y``, the sum ``sum_k u_k z_k`` and the sum of squares. Their gradient is then
+``lse = logsumexp(z)``, the target logit ``z_y``, the sum ``sum_k u_k z_k`` and the sum of squares. Their
+gradient is then
 
     dl/dz = (dl/dlse) softmax(z) + (dl/dz_y) e_y + (dl/dsum) u + 2 (dl/dsumsq) z
 

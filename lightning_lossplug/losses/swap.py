@@ -1,8 +1,8 @@
 """Swapping the loss that a training step computes, without editing the step.
 
-Three places are known. A *functional call*: inside the step every ``F.cross_entropy`` (``nn.CrossEntropyLoss`` calls it,
-and so do the loss functions of transformers), ``F.nll_loss``, ``F.mse_loss`` … goes to the new loss, with the call's own
-``weight``, ``ignore_index`` and ``reduction``. A *criterion*: a module attribute with arithmetic of its own
+Three places are known. A *functional call*: inside the step every ``F.cross_entropy`` (``nn.CrossEntropyLoss`` calls
+it, and so do the loss functions of transformers), ``F.nll_loss``, ``F.mse_loss`` … goes to the new loss, with the call's
+own ``weight``, ``ignore_index`` and ``reduction``. A *criterion*: a module attribute with arithmetic of its own
 (``self.criterion = timm.loss.LabelSmoothingCrossEntropy()``), called as ``criterion(prediction, target)``. And the
 ``loss_function`` of a Hugging Face model, inside which the functional calls are swapped and nothing else.
 """
@@ -76,7 +76,9 @@ class LossSwap:
             owners = [(path, m) for path, m in module.named_modules() if callable(getattr(m, "loss_function", None))]
             if not owners or not functional:
                 raise LossplugError(
-                    "no sub-module has a loss_function", where="SwapLoss", remedy="Use where='auto' or an attribute's path"
+                    "no sub-module has a loss_function",
+                    where="SwapLoss",
+                    remedy="Use where='auto' or an attribute's path",
                 )
             for path, owner in owners:
                 self._patch(owner, "loss_function", self._scoped_call)
@@ -90,7 +92,7 @@ class LossSwap:
             self.sites.append(f"the attribute {self.where!r}")
         if not self.sites:
             raise LossplugError(
-                f"a loss called as {self.signature!r} replaces no functional call, and no criterion attribute was found",
+                f"a {self.signature!r} loss replaces no functional call, and no criterion attribute was found",
                 where="SwapLoss",
                 remedy="Name the attribute that computes the loss: SwapLoss(..., where='criterion')",
             )
@@ -192,7 +194,9 @@ def _bind(func: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
     call.update(kwargs)
     for deprecated in ("size_average", "reduce"):
         if call.get(deprecated) is not None:
-            raise LossplugError(f"the replaced call uses the deprecated {deprecated}=", where="SwapLoss", remedy="Use reduction=")
+            raise LossplugError(
+                f"the replaced call uses the deprecated {deprecated}=", where="SwapLoss", remedy="Use reduction="
+            )
     return call
 
 
@@ -212,8 +216,7 @@ def _options(loss: Loss, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_criterion(module: nn.Module) -> bool:
-    """Tells a loss module with arithmetic of its own: named like one, without children, not torch's (whose functional
-    call is swapped) and not one of this project's."""
+    """Tells a loss module with arithmetic of its own by its name; torch's are swapped through their functional call."""
     name = type(module).__name__
     named = name.endswith(("Loss", "CrossEntropy", "Criterion")) and not isinstance(module, Loss)
     return named and not type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
@@ -225,7 +228,9 @@ def _attribute(module: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
         owner = module.get_submodule(parent)
         value = getattr(owner, name)
     except AttributeError:
-        known = [n for n, m in module.named_modules() if n and (is_criterion(m) or isinstance(m, nn.modules.loss._Loss))]
+        known = [
+            n for n, m in module.named_modules() if n and (is_criterion(m) or isinstance(m, nn.modules.loss._Loss))
+        ]
         known += [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         remedy = suggestion(path, known) if known else "Use where='auto' to swap functional calls"
         raise LossplugError(f"the module has no attribute {path!r}", where="SwapLoss", remedy=remedy) from None
