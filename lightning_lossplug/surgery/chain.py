@@ -30,7 +30,7 @@ class MethodChain:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             function = self.original
-            for _, wrapper in self._outermost_last():
+            for _, wrapper in self._innermost_first():
                 function = functools.partial(wrapper, function)
             return function(*args, **kwargs)
 
@@ -38,8 +38,8 @@ class MethodChain:
         # through, or it takes the method as not overridden and never calls it.
         setattr(owner, name, functools.wraps(self.original)(call) if look_through else call)
 
-    def _outermost_last(self) -> list[tuple[int, Wrapper]]:
-        return sorted(self.wrappers.values(), key=lambda item: item[0], reverse=True)
+    def _innermost_first(self) -> list[tuple[int, Wrapper]]:
+        return sorted(self.wrappers.values(), key=lambda item: item[0])[::-1]
 
 
 def wrap_method(

@@ -205,7 +205,8 @@ def select(
     names = [c.name for c in found]
     for glob in (*(include or ()), *exclude):
         if found and not any(matches([glob], c) for c in found):
-            remedy = suggestion(glob.strip("*."), names)
+            endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+            remedy = suggestion(glob.strip("*."), endings)
             raise LossplugError(f"the pattern {glob!r} matches no layer", where=technique, remedy=remedy)
     excluded = default_exclusions(model)
     choices = []
