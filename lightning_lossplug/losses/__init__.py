@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lightning_lossplug.losses.adaface import AdaFace
+from lightning_lossplug.losses.aldr_kl import ALDRKL
 from lightning_lossplug.losses.align_uniform import AlignUniform
 from lightning_lossplug.losses.amcl import AMCL
 from lightning_lossplug.losses.arcface import ArcFace
@@ -16,29 +17,38 @@ from lightning_lossplug.losses.barlow_twins import BarlowTwins
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
 from lightning_lossplug.losses.ccl import CCL
 from lightning_lossplug.losses.circle import Circle
+from lightning_lossplug.losses.comp_sum import GCE, MAE, CompSum
 from lightning_lossplug.losses.cosface import CosFace
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.decoupled_softmax import DecoupledSoftmax
 from lightning_lossplug.losses.focal import Focal
 from lightning_lossplug.losses.icnn import ICNN
 from lightning_lossplug.losses.info_nce import InfoNCE
+from lightning_lossplug.losses.ldr_kl import LDRKL
 from lightning_lossplug.losses.nt_xent import NTXent, NTXentAM
+from lightning_lossplug.losses.poly_loss import PolyLoss
 from lightning_lossplug.losses.proto_triplet import ProtoTriplet
 from lightning_lossplug.losses.siglip import SigLIP
+from lightning_lossplug.losses.sigmoid_focal import SigmoidFocal
 from lightning_lossplug.losses.soft_topk import SoftTopK
 from lightning_lossplug.losses.supcon import SupCon
 from lightning_lossplug.losses.tcm import TCM
 from lightning_lossplug.losses.tiled_contrastive import TiledContrastive
 from lightning_lossplug.losses.w_mse import WMSE
+from lightning_lossplug.losses.z_loss import ZLoss
 from lightning_lossplug.registry import registry
 
 if find_spec("pytorch_metric_learning") is not None:
     import lightning_lossplug.losses.pml  # noqa: F401  registers itself
 
 __all__ = [
+    "ALDRKL",
     "AMCL",
     "CCL",
+    "GCE",
     "ICNN",
+    "LDRKL",
+    "MAE",
     "TCM",
     "WMSE",
     "AdaFace",
@@ -47,6 +57,7 @@ __all__ = [
     "BarlowTwins",
     "Circle",
     "ClassificationLoss",
+    "CompSum",
     "CosFace",
     "CrossEntropy",
     "DecoupledSoftmax",
@@ -57,11 +68,14 @@ __all__ = [
     "Loss",
     "NTXent",
     "NTXentAM",
+    "PolyLoss",
     "ProtoTriplet",
     "SigLIP",
+    "SigmoidFocal",
     "SoftTopK",
     "SupCon",
     "TiledContrastive",
+    "ZLoss",
     "create",
 ]
 

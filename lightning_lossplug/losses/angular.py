@@ -26,7 +26,10 @@ ACOS_EPS = 1e-7  # the slope of acos at 1 is infinite; at 1 - 1e-7 it is 2236
 
 
 def angular_margin(cosine: Tensor, margin: Tensor | float) -> Tensor:
-    r"""Returns :math:`\cos(\theta + m)`; past :math:`\theta + m = \pi`, where that rises, :math:`\cos\theta - m \sin m`."""
+    r"""Returns :math:`\cos(\theta + m)` while it falls with :math:`\theta`.
+
+    Past :math:`\theta + m = \pi` that would rise again; there it is :math:`\cos\theta - m \sin m`.
+    """
     theta = cosine.clamp(-1 + ACOS_EPS, 1 - ACOS_EPS).acos()
     sine = margin.sin() if isinstance(margin, Tensor) else math.sin(margin)
     return torch.where(theta + margin <= math.pi, (theta + margin).cos(), cosine - margin * sine)

@@ -99,7 +99,7 @@ def circle_by_hand(x: torch.Tensor, margin: float, gamma: float) -> torch.Tensor
     s = F.normalize(x) @ F.normalize(x).T
     rows = []
     for i in range(len(x)):
-        same = Y == Y[i]
+        same = Y[i] == Y
         push = [gamma * max(s[i, j] + margin, 0) * (s[i, j] - margin) for j in range(len(x)) if not same[j]]
         pull = [
             -gamma * max(1 + margin - s[i, j], 0) * (s[i, j] - 1 + margin) for j in range(len(x)) if same[j] and j != i
