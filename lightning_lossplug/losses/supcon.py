@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.embeddings import PairLoss, Pairs, check_range, full_precision, masked_logsumexp
+from lightning_lossplug.losses.embeddings import (
+    PairLoss,
+    Pairs,
+    check_range,
+    check_sample_labels,
+    full_precision,
+    masked_logsumexp,
+)
 from lightning_lossplug.losses.ranks import gather_rows
 from lightning_lossplug.registry import register
 
@@ -75,6 +82,7 @@ class SupCon(PairLoss):
         if y is None:
             y = torch.arange(x.shape[0], device=x.device)
             y = y + gather_rows(self.gather, y)[1]
+        check_sample_labels(y, x, "SupCon", "y")
         with full_precision(x):
             rows = self.embed(x.flatten(0, 1) if x.ndim == 3 else x, "x")
             stride = views if self.contrast_mode == "one" else 1
