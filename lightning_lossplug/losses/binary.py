@@ -76,6 +76,12 @@ class BinaryLoss(Loss, ABC):
             kept = keep.to(s.dtype)
             rows = torch.where(keep, self.elements(s, t), 0)
             if sample_weight is not None:
-                scale = sample_weight.expand_as(logits).reshape(-1).to(s)
+                try:
+                    scale = sample_weight.expand_as(logits).reshape(-1).to(s)
+                except RuntimeError:
+                    raise LossplugError(
+                        f"sample_weight {tuple(sample_weight.shape)} doesn't broadcast to {tuple(logits.shape)}",
+                        where=name,
+                    ) from None
                 rows, kept = rows * scale, kept * scale
             return reduce_rows(rows.reshape(logits.shape), kept.sum(), reduction, s, denominator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses import LabelError, create
@@ -196,24 +195,3 @@ def test_losses_outside_the_family_would_need_lse():
         stats = logit_stats(z, y, loss.needs)
         nothing = torch.full_like(stats.lse, torch.nan)
         torch.testing.assert_close(loss.from_stats(stats._replace(lse=nothing)), loss.rows(z, y))
-
-
-def _rank(rank, file, result):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    layer = make()
-    generator = torch.Generator().manual_seed(3)
-    h = torch.randn(8, 6, dtype=torch.float64, generator=generator)
-    y = torch.randint(5, (8,), generator=generator)
-    layer(h[rank::2], y[rank::2]).backward()
-    layer.step(0.1)
-    torch.save((layer.weight(), h, y), f"{result}.{rank}")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_dense_step(tmp_path):
-    result = str(tmp_path / "weight")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "init"), result), nprocs=2)
-    (first, h, y), (second, _, _) = (torch.load(f"{result}.{rank}") for rank in range(2))
-    assert first.equal(second)
-    expected, _, _ = dense_step(make().weight(), h, y, create("z_loss"), 0.1)
-    torch.testing.assert_close(first, expected)
