@@ -46,7 +46,9 @@ def test_a_missing_package_is_one_line_that_names_the_extra():
         "import lightning_lossplug.callbacks as c\n"
         "try:\n    c.NMSparsity\n"
         "except lightning_lossplug.LossplugError as e:\n    print(e)\n"
-    ).replace("import lightning_lossplug.callbacks as c", "import lightning_lossplug, lightning_lossplug.callbacks as c")
+    ).replace(
+        "import lightning_lossplug.callbacks as c", "import lightning_lossplug, lightning_lossplug.callbacks as c"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "pip install 'lightning_lossplug[lightning]'" in done.stdout
     assert len(done.stdout.splitlines()) == 1

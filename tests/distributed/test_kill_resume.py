@@ -85,7 +85,8 @@ def test_killed_and_resumed(devices, recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("recipe", ["nm_oneshot", "nm_ste", "nm_srste", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric"])
+@pytest.mark.parametrize(
+    "recipe", ["nm_oneshot", "nm_ste", "nm_srste", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric"]
+)
 def test_killed_and_resumed_at_random_steps(recipe, devices, seed, tmp_path):
     trial(tmp_path, devices, recipe, seed)
-
