@@ -1,7 +1,7 @@
 """One run that tests start, kill and resume: a timm model on digits with a swapped loss and N:M sparsity.
 
-Writes ``last.ckpt`` every few steps, one line of ``log.jsonl`` per step, and ``final.pt`` (weights, masks, clock) at the
-end. With ``--slow`` each step waits a little, so that a signal can fall anywhere in it.
+Writes ``last.ckpt`` every few steps, one line of ``log.jsonl`` per step, and ``final_<rank>.pt`` (weights, masks,
+clock) at the end. With ``--slow`` each step waits a little, so that a signal can fall anywhere in it.
 """
 
 import argparse
