@@ -7,12 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lossplug.losses.aldr_kl import ALDRKL
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
+from lightning_lossplug.losses.comp_sum import GCE, MAE, CompSum
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.ldr_kl import LDRKL
+from lightning_lossplug.losses.poly_loss import PolyLoss
+from lightning_lossplug.losses.sigmoid_focal import SigmoidFocal
+from lightning_lossplug.losses.z_loss import ZLoss
 from lightning_lossplug.registry import registry
 
-__all__ = ["ClassificationLoss", "CrossEntropy", "Focal", "FusableLoss", "LabelError", "Loss", "create"]
+__all__ = [
+    "ALDRKL",
+    "GCE",
+    "LDRKL",
+    "MAE",
+    "ClassificationLoss",
+    "CompSum",
+    "CrossEntropy",
+    "Focal",
+    "FusableLoss",
+    "LabelError",
+    "Loss",
+    "PolyLoss",
+    "SigmoidFocal",
+    "ZLoss",
+    "create",
+]
 
 
 def create(name: str, /, **parameters: Any) -> Loss:

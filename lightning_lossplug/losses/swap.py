@@ -80,9 +80,12 @@ class LossSwap:
                     where="SwapLoss",
                     remedy="Use where='auto' or an attribute's path",
                 )
+            paths = [path for path, _ in owners]
             for path, owner in owners:
+                if any(path.startswith(f"{outer}.") or not outer for outer in paths if outer != path):
+                    continue  # the base model inside a task model has the attribute too, and doesn't call it
                 self._patch(owner, "loss_function", self._scoped_call)
-                self.sites.append(f"{path}.loss_function")
+                self.sites.append(f"{path}.loss_function".lstrip("."))
         elif self.where != "functional":
             owner, name, value = _attribute(module, self.where)
             if isinstance(value, nn.Module):
