@@ -52,6 +52,7 @@ def export_artifact(
     overwrite: bool = False,
     network: str | None = None,
     tokenizer: Any = None,
+    data_config: dict[str, Any] | None = None,
     source: str | None = None,
 ) -> dict[str, Any]:
     """Folds a copy of a module and writes it whole or not at all; the module itself stays as it is.
@@ -66,6 +67,7 @@ def export_artifact(
         overwrite: Whether to replace an artifact that is there.
         network: Path of the sub-module to export; None finds it.
         tokenizer: Saved beside a transformers model.
+        data_config: Preprocessing of a timm model's input (``mean``, ``std`` ...), for its config.json.
         source: What it was made of, for the manifest.
 
     Returns:
@@ -83,7 +85,12 @@ def export_artifact(
         inner = {found.inside(name): layer for name, layer in patterns.items()}
         state = dense_state(found.module)
         check_patterns(state, {name: layer for name, layer in inner.items() if name is not None})
-        _write(found, state, stage, tokenizer)
+        if found.library == "timm":
+            _write_timm(found.module, state, stage, data_config)
+        elif found.library == "transformers":
+            _write_transformers(found.module, stage, tokenizer)
+        else:
+            write_safetensors(state, stage / WEIGHTS)
         manifest = _manifest(found, state, {k: v for k, v in inner.items() if k is not None}, techniques, source)
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return {**manifest, "folder": str(output), "load": _loader(found, str(output))}
@@ -125,20 +132,11 @@ def check_patterns(state: dict[str, Tensor], patterns: dict[str, NMLayer]) -> No
             raise LossplugError(f"{groups - good} of {groups} groups have more than {layer.n} nonzeros", where=name)
 
 
-def _write(found: Network, state: dict[str, Tensor], stage: Path, tokenizer: Any) -> None:
-    if found.library == "timm":
-        _write_timm(found.module, state, stage)
-    elif found.library == "transformers":
-        _write_transformers(found.module, stage, tokenizer)
-    else:
-        write_safetensors(state, stage / WEIGHTS)
-
-
-def _write_timm(network: nn.Module, state: dict[str, Tensor], stage: Path) -> None:
+def _write_timm(network: nn.Module, state: dict[str, Tensor], stage: Path, data_config: dict[str, Any] | None) -> None:
     import timm
     from timm.models import save_for_hf
 
-    save_for_hf(network, str(stage), safe_serialization=True)  # its config.json is what timm builds the network from
+    save_for_hf(network, str(stage), safe_serialization=True, data_config=data_config)  # its config.json is what timm builds the network from
     write_safetensors(state, stage / WEIGHTS)
     try:
         again = timm.create_model(f"local-dir:{stage}", pretrained=True)

@@ -33,7 +33,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
 
     Args:
         title: Shown above it.
-        columns: Headers.
+        columns: Headers; all empty for none.
         rows: Cells, as text with rich markup.
         right: Headers of the columns that are numbers.
     """
@@ -41,6 +41,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     made = require("rich.table", "cli", "the lossplug command").Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
+    made.show_header = any(columns)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -113,3 +114,11 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def progress() -> Any:
+    """Returns a rich progress bar for a ``with`` block: ``track(iterable, total=, description=)``; silent in a pipe."""
+    bars = require("rich.progress", "cli", "the lossplug command")
+    out = console()
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    return bars.Progress(*columns, console=out, transient=True, disable=not out.is_terminal)

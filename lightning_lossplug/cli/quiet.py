@@ -33,11 +33,12 @@ def lightning_output(level: int = logging.INFO) -> Iterator[None]:
     """
     from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    names = ("lightning.pytorch", "lightning.fabric", "lightning_utilities", "timm", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [_Stdout()], False
-        logger.setLevel(level)
+        logger.setLevel(level if logger.name.startswith("lightning") else logging.ERROR)
     with warnings.catch_warnings():
         if level >= logging.ERROR:
             warnings.simplefilter("ignore")

@@ -65,7 +65,6 @@ def artifact_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise LossplugError(f"the output folder can't be written: {reason}", where=str(output)) from None
     try:
         yield stage
-        os.chmod(stage, 0o755)
         _flush(stage)
         _take_place(stage, output)
     except BaseException as error:
@@ -94,9 +93,9 @@ def _take_place(stage: Path, output: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
+    for path in (*sorted(folder.rglob("*")), folder):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)  # staging files are private, an artifact isn't
         _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:
