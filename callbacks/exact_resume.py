@@ -31,9 +31,9 @@ class ExactResume(Callback):
 
     The data itself has to come in a repeatable order, from a loader that saves its position with ``state_dict`` and
     ``load_state_dict``, such as ``lightning_lossplug.integrations.ResumableLoader``, which the built-in data modules
-    use. The order of a plain shuffled ``DataLoader`` is drawn anew: such a run can be resumed between epochs, but not bit
-    by bit. On CUDA, PyTorch's own determinism settings apply as well. Put the callback last in the list: what callbacks
-    after it draw in ``on_train_start`` comes on top. Checkpoints written while an exception is handled
+    use. The order of a plain shuffled ``DataLoader`` is drawn anew: such a run can be resumed between epochs, but not
+    bit by bit. On CUDA, PyTorch's own determinism settings apply as well. Put the callback last in the list: what
+    callbacks after it draw in ``on_train_start`` comes on top. Checkpoints written while an exception is handled
     (``OnExceptionCheckpoint``) hold the random state inside the interrupted step and are not exact.
 
     Raises:

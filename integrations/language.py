@@ -67,7 +67,9 @@ class CausalLM(LightningModule):
         else:
             self.model = load_causal_lm(str(model), dtype=dtype, **self.model_kwargs)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            # the newer name, where transformers has it: the older one warns there
+            name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+            getattr(self.model, f"{name}_checkpointing_enable")()
         self.val_perplexity = Perplexity(ignore_index=IGNORE_INDEX)
         self.test_perplexity = Perplexity(ignore_index=IGNORE_INDEX)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from lightning_lossplug.errors import LossplugError, require, suggestion
 
 _WHERE_FROM = "Give a folder with config.json, a .gguf file, or a hub name (which needs the network or a filled cache)"
+# what transformers raises for an unreachable hub, a folder without its files, a damaged GGUF file, a missing package
+_LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, struct.error)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,7 +57,7 @@ def load_causal_lm(model: str, *, dtype: str = "float32", **kwargs: Any) -> Any:
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(where, **source, dtype=_dtype(dtype), **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _LOADING_ERRORS as error:
         raise _cannot_load(model, error) from None
     if "gguf_file" in source:
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -101,7 +104,7 @@ def load_tokenizer(name: str) -> Any:
     where, source = _source(name)
     try:
         return transformers.AutoTokenizer.from_pretrained(where, **source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _LOADING_ERRORS as error:
         raise _cannot_load(name, error) from None
 
 

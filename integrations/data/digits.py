@@ -44,6 +44,7 @@ class DigitsData(BatchedDataModule):
         self.save_hyperparameters(logger=False)
         self.img_size, self.channels = img_size, channels
         self.train_limit, self.with_index = train_limit, with_index
+        self.mean, self.std = MEAN, STD
 
     def setup(self, stage: str) -> None:
         """Reads and splits the images."""
@@ -57,8 +58,8 @@ class DigitsData(BatchedDataModule):
                 images[part],
                 labels[part],
                 white=16.0,
-                mean=MEAN,
-                std=STD,
+                mean=self.mean,
+                std=self.std,
                 img_size=self.img_size,
                 channels=self.channels,
                 seed=self.seed,

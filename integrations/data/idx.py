@@ -57,7 +57,7 @@ def read_idx(path: str | Path) -> Tensor:
             where=str(path),
             remedy="Fetch it again",
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 
 
 def find_idx(folder: Path, stem: str) -> Path:

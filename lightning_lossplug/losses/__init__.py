@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from lightning_lossplug.losses.active_passive import ActivePassive
 from lightning_lossplug.losses.adaface import AdaFace
 from lightning_lossplug.losses.aldr_kl import ALDRKL
 from lightning_lossplug.losses.align_uniform import AlignUniform
@@ -15,23 +16,36 @@ from lightning_lossplug.losses.amcl import AMCL
 from lightning_lossplug.losses.arcface import ArcFace
 from lightning_lossplug.losses.barlow_twins import BarlowTwins
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
+from lightning_lossplug.losses.bias_loss import BiasLoss
+from lightning_lossplug.losses.binary import BinaryLoss
+from lightning_lossplug.losses.cape import CaPE
 from lightning_lossplug.losses.ccl import CCL
 from lightning_lossplug.losses.circle import Circle
 from lightning_lossplug.losses.comp_sum import GCE, MAE, CompSum
+from lightning_lossplug.losses.correctness_aware import CorrectnessAware, SampleTemperature
 from lightning_lossplug.losses.cosface import CosFace
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.decoupled_softmax import DecoupledSoftmax
+from lightning_lossplug.losses.ensloss import EnsLoss
 from lightning_lossplug.losses.focal import Focal
 from lightning_lossplug.losses.icnn import ICNN
 from lightning_lossplug.losses.info_nce import InfoNCE
 from lightning_lossplug.losses.ldr_kl import LDRKL
+from lightning_lossplug.losses.legendretron import LegendreTron
+from lightning_lossplug.losses.lse_penalty import LSEPenalty
+from lightning_lossplug.losses.normalised import NCE, NFL, NGCE, NMAE, NRCE, RCE
 from lightning_lossplug.losses.nt_xent import NTXent, NTXentAM
 from lightning_lossplug.losses.poly_loss import PolyLoss
 from lightning_lossplug.losses.proto_triplet import ProtoTriplet
 from lightning_lossplug.losses.siglip import SigLIP
 from lightning_lossplug.losses.sigmoid_focal import SigmoidFocal
+from lightning_lossplug.losses.smooth_adversarial import SmoothAdversarialCompSum
 from lightning_lossplug.losses.soft_topk import SoftTopK
+from lightning_lossplug.losses.spherical import SphericalSoftmax, TaylorSoftmax
+from lightning_lossplug.losses.spherical_output_layer import SphericalOutputLayer
 from lightning_lossplug.losses.supcon import SupCon
+from lightning_lossplug.losses.symmetric_ce import SymmetricCE
+from lightning_lossplug.losses.symmetric_consistency import SymmetricConsistency
 from lightning_lossplug.losses.tcm import TCM
 from lightning_lossplug.losses.tiled_contrastive import TiledContrastive
 from lightning_lossplug.losses.w_mse import WMSE
@@ -49,31 +63,52 @@ __all__ = [
     "ICNN",
     "LDRKL",
     "MAE",
+    "NCE",
+    "NFL",
+    "NGCE",
+    "NMAE",
+    "NRCE",
+    "RCE",
     "TCM",
     "WMSE",
+    "ActivePassive",
     "AdaFace",
     "AlignUniform",
     "ArcFace",
     "BarlowTwins",
+    "BiasLoss",
+    "BinaryLoss",
+    "CaPE",
     "Circle",
     "ClassificationLoss",
     "CompSum",
+    "CorrectnessAware",
     "CosFace",
     "CrossEntropy",
     "DecoupledSoftmax",
+    "EnsLoss",
     "Focal",
     "FusableLoss",
     "InfoNCE",
+    "LSEPenalty",
     "LabelError",
+    "LegendreTron",
     "Loss",
     "NTXent",
     "NTXentAM",
     "PolyLoss",
     "ProtoTriplet",
+    "SampleTemperature",
     "SigLIP",
     "SigmoidFocal",
+    "SmoothAdversarialCompSum",
     "SoftTopK",
+    "SphericalOutputLayer",
+    "SphericalSoftmax",
     "SupCon",
+    "SymmetricCE",
+    "SymmetricConsistency",
+    "TaylorSoftmax",
     "TiledContrastive",
     "ZLoss",
     "create",

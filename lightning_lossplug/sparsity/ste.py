@@ -51,7 +51,7 @@ def decayed_ste(weight: Tensor, mask: Tensor, decay: Tensor | float, grad_mode: 
         weight: Dense weight.
         mask: Boolean mask of its shape, True where kept.
         decay: The factor D in [0, 1] of the pruned weights; a tensor without dimensions changes without recompiling.
-        grad_mode: ``ste``: the gradient passes unchanged; ``masked``: the true derivative ``g * [mask + D (1 - mask)]``.
+        grad_mode: ``ste``: the gradient passes unchanged; ``masked``: the true ``g * [mask + D (1 - mask)]``.
     """
     decay = torch.as_tensor(decay, device=weight.device).to(weight.dtype)
     return _DecayedSTE.apply(weight, mask, decay, grad_mode == "masked")
