@@ -8,11 +8,55 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
+from lightning_lossplug.losses.boxes import CIoU, DIoU
+from lightning_lossplug.losses.cauchy_schwarz import CauchySchwarzIB, CSDivergence
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
+from lightning_lossplug.losses.dice import Dice
+from lightning_lossplug.losses.dist2 import Dist2
+from lightning_lossplug.losses.eisl import EISL
+from lightning_lossplug.losses.expressive import CCIBP, MTLIBP, ExpIBP
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.ibp import IBP
+from lightning_lossplug.losses.jaccard_metric import JaccardMetric
+from lightning_lossplug.losses.lmse import LogMSE
+from lightning_lossplug.losses.madl import GMADL, MADL
+from lightning_lossplug.losses.moe_bias_balancing import MoEBiasBalancing
+from lightning_lossplug.losses.number_token import NumberToken
+from lightning_lossplug.losses.pseudo_huber import PseudoHuber
+from lightning_lossplug.losses.sinkhorn import Sinkhorn
+from lightning_lossplug.losses.speech import CTC, RNNT
 from lightning_lossplug.registry import registry
 
-__all__ = ["ClassificationLoss", "CrossEntropy", "Focal", "FusableLoss", "LabelError", "Loss", "create"]
+__all__ = [
+    "CCIBP",
+    "CTC",
+    "EISL",
+    "GMADL",
+    "IBP",
+    "MADL",
+    "MTLIBP",
+    "RNNT",
+    "CIoU",
+    "CSDivergence",
+    "CauchySchwarzIB",
+    "ClassificationLoss",
+    "CrossEntropy",
+    "DIoU",
+    "Dice",
+    "Dist2",
+    "ExpIBP",
+    "Focal",
+    "FusableLoss",
+    "JaccardMetric",
+    "LabelError",
+    "LogMSE",
+    "Loss",
+    "MoEBiasBalancing",
+    "NumberToken",
+    "PseudoHuber",
+    "Sinkhorn",
+    "create",
+]
 
 
 def create(name: str, /, **parameters: Any) -> Loss:
