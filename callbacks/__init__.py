@@ -1,1 +1,48 @@
-"""."""
+"""The Lightning layer: callbacks that bring the core's techniques to a Trainer.
+
+Names are imported when they are first used; without Lightning installed they say which extra to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_lossplug.errors import require
+from lightning_lossplug.registry import register_path
+
+if TYPE_CHECKING:
+    from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
+    from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.swap_loss import SwapLoss
+    from lightning_lossplug.callbacks.technique import TechniqueCallback
+
+__all__ = [
+    "NMSparsity",
+    "SwapLoss",
+    "TechniqueCallback",
+    "dense_state_dict",
+    "load_dense",
+    "load_plugged",
+    "read_checkpoint",
+]
+
+_HOME = {
+    "NMSparsity": "nm_sparsity",
+    "SwapLoss": "swap_loss",
+    "TechniqueCallback": "technique",
+    "dense_state_dict": "checkpoint",
+    "load_dense": "checkpoint",
+    "load_plugged": "checkpoint",
+    "read_checkpoint": "checkpoint",
+}
+
+for _name, _family in {"NMSparsity": "sparsity", "SwapLoss": "loss"}.items():
+    register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("lightning", "lightning", f"lightning_lossplug.callbacks.{name}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

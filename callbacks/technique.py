@@ -25,9 +25,9 @@ TechniqueT = TypeVar("TechniqueT", bound=Technique[Any])
 class TechniqueCallback(Callback, Generic[TechniqueT]):
     """Carries one technique: converts in ``setup``, ticks on real optimizer steps, saves, resumes, cleans up.
 
-    The clock counts steps the optimizer took (a step that a gradient scaler skips doesn't count). A fit that starts from
-    step 0 starts the technique anew; a resumed or continued fit goes on. After the fit the layers stay plugged, so that
-    ``trainer.test`` sees the compressed model; ``technique.fold(model)`` gives a plain copy.
+    The clock counts steps the optimizer took (a step that a gradient scaler skips doesn't count). A fit that starts
+    from step 0 starts the technique anew; a resumed or continued fit goes on. After the fit the layers stay plugged, so
+    that ``trainer.test`` sees the compressed model; ``technique.fold(model)`` gives a plain copy.
     """
 
     def __init__(self, technique: TechniqueT) -> None:
@@ -153,7 +153,8 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the technique's signals when the Trainer's loggers are due."""
-        if trainer.log_every_n_steps and self.step % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.step % every == 0:
             values = {f"{type(self).__name__}/{key}": value for key, value in self.technique.logs().items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False)  # type: ignore[arg-type]
 

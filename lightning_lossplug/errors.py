@@ -31,12 +31,13 @@ def _rebuild(cls: type[LossplugError], what: str, where: str | None, remedy: str
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """Returns a sentence that names the closest known names, or all of them when none is close."""
+    """Returns a sentence that names the closest known names, or the first 20 of them when none is close."""
     known = sorted(known)
     close = get_close_matches(given, known, n=3, cutoff=0.55)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return "Known: " + ", ".join(known)
+    rest = f" … ({len(known)} in all)" if len(known) > 20 else ""
+    return "Known: " + ", ".join(known[:20]) + rest
 
 
 def require(package: str, extra: str, purpose: str) -> ModuleType:

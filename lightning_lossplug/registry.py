@@ -26,12 +26,14 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 ENTRY_POINT_GROUP = "lightning_lossplug"
 
-# Rooms whose import registers what they hold. A room that needs an optional package registers by name in its
-# ``__init__`` and imports the package only when something is created.
+# Rooms whose import registers what they hold. The outer rooms register by dotted path in a light ``__init__``, which
+# imports their optional packages only when something is created.
 BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
     "lightning_lossplug.sparsity",
+    "lightning_lossplug.callbacks",
+    "lightning_lossplug.integrations",
 )
 
 
@@ -91,7 +93,9 @@ class Entry:
             if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
                 continue
             required = item.default is item.empty
-            annotation = "" if item.annotation is item.empty else str(getattr(item.annotation, "__name__", item.annotation))
+            annotation = (
+                "" if item.annotation is item.empty else str(getattr(item.annotation, "__name__", item.annotation))
+            )
             found.append(Parameter(public_name(item.name), None if required else item.default, annotation, required))
         return found
 
@@ -213,6 +217,8 @@ def register(
     return add
 
 
-def register_path(kind: str, name: str, path: str, *, family: str, aliases: tuple[str, ...] = (), paper: str = "") -> None:
+def register_path(
+    kind: str, name: str, path: str, *, family: str, aliases: tuple[str, ...] = (), paper: str = ""
+) -> None:
     """Registers a factory by dotted path, for things whose module needs an optional package."""
     registry.add(Entry(kind, name, path, family, paper, None, aliases))

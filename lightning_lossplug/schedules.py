@@ -1,7 +1,7 @@
 r"""Values over training progress: constant, linear, cosine, cubic, exponential, step.
 
-A schedule is a function of :class:`Progress` and nothing else, so that a resumed run continues without a jump. Points in
-time are given in one ``unit``: ``fraction`` of the run (0 to 1), optimizer ``steps`` or ``epochs``.
+A schedule is a function of :class:`Progress` and nothing else, so that a resumed run continues without a jump.
+Points in time are given in one ``unit``: ``fraction`` of the run (0 to 1), optimizer ``steps`` or ``epochs``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Schedule(ABC):
             raise LossplugError(f"begin {self.begin} has to be >= 0 and before finish {self.finish}", where=where)
         if self.unit == "fraction" and self.finish > 1:
             raise LossplugError(
-                f"finish is {self.finish}, a fraction ends at 1", where=where, remedy="Set unit='steps' or unit='epochs'"
+                f"finish is {self.finish}, a fraction ends at 1",
+                where=where,
+                remedy="Set unit='steps' or unit='epochs'",
             )
         if not (math.isfinite(self.start) and math.isfinite(self.end)):
             raise LossplugError("start and end have to be finite", where=where)
@@ -117,7 +119,13 @@ class Linear(Schedule):
         return t
 
 
-@register("schedule", "cosine", family="schedule", paper="SGDR: Stochastic Gradient Descent with Warm Restarts", arxiv="1608.03983")
+@register(
+    "schedule",
+    "cosine",
+    family="schedule",
+    paper="SGDR: Stochastic Gradient Descent with Warm Restarts",
+    arxiv="1608.03983",
+)
 class Cosine(Schedule):
     """Half a cosine: flat at both ends."""
 
@@ -126,7 +134,13 @@ class Cosine(Schedule):
         return (1 - math.cos(math.pi * t)) / 2
 
 
-@register("schedule", "cubic", family="schedule", paper="To prune, or not to prune (automated gradual pruning)", arxiv="1710.01878")
+@register(
+    "schedule",
+    "cubic",
+    family="schedule",
+    paper="To prune, or not to prune (automated gradual pruning)",
+    arxiv="1710.01878",
+)
 class Cubic(Schedule):
     """Fast first, slow at the end, as in automated gradual pruning: ``end + (start - end) (1 - t)^3``."""
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lossplug.losses.aldr_kl import ALDRKL
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
 from lightning_lossplug.losses.boxes import CIoU, DIoU
 from lightning_lossplug.losses.cauchy_schwarz import CauchySchwarzIB, CSDivergence
+from lightning_lossplug.losses.comp_sum import GCE, MAE, CompSum
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.dice import Dice
 from lightning_lossplug.losses.dist2 import Dist2
@@ -18,28 +20,37 @@ from lightning_lossplug.losses.expressive import CCIBP, MTLIBP, ExpIBP
 from lightning_lossplug.losses.focal import Focal
 from lightning_lossplug.losses.ibp import IBP
 from lightning_lossplug.losses.jaccard_metric import JaccardMetric
+from lightning_lossplug.losses.ldr_kl import LDRKL
 from lightning_lossplug.losses.lmse import LogMSE
 from lightning_lossplug.losses.madl import GMADL, MADL
 from lightning_lossplug.losses.moe_bias_balancing import MoEBiasBalancing
 from lightning_lossplug.losses.number_token import NumberToken
+from lightning_lossplug.losses.poly_loss import PolyLoss
 from lightning_lossplug.losses.pseudo_huber import PseudoHuber
+from lightning_lossplug.losses.sigmoid_focal import SigmoidFocal
 from lightning_lossplug.losses.sinkhorn import Sinkhorn
 from lightning_lossplug.losses.speech import CTC, RNNT
+from lightning_lossplug.losses.z_loss import ZLoss
 from lightning_lossplug.registry import registry
 
 __all__ = [
+    "ALDRKL",
     "CCIBP",
     "CTC",
     "EISL",
+    "GCE",
     "GMADL",
     "IBP",
+    "LDRKL",
     "MADL",
+    "MAE",
     "MTLIBP",
     "RNNT",
     "CIoU",
     "CSDivergence",
     "CauchySchwarzIB",
     "ClassificationLoss",
+    "CompSum",
     "CrossEntropy",
     "DIoU",
     "Dice",
@@ -53,8 +64,11 @@ __all__ = [
     "Loss",
     "MoEBiasBalancing",
     "NumberToken",
+    "PolyLoss",
     "PseudoHuber",
+    "SigmoidFocal",
     "Sinkhorn",
+    "ZLoss",
     "create",
 ]
 

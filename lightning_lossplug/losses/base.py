@@ -18,6 +18,12 @@ from lightning_lossplug.losses.reduction import check_reduction, reduce_rows
 from lightning_lossplug.losses.stats import LogitStats, logit_stats
 
 
+def check_parameter(ok: bool, where: str, name: str, value: object, allowed: str) -> None:
+    """Raises :class:`LossplugError` that says which values a parameter may have, unless ``ok``."""
+    if not ok:
+        raise LossplugError(f"{name} is {value!r}, allowed is {allowed}", where=where)
+
+
 class LabelError(LossplugError, IndexError):
     """A class index outside the classes."""
 
@@ -45,13 +51,18 @@ class ClassificationLoss(Loss, ABC):
     """
 
     accepts_soft: ClassVar[bool] = False
+    row_inputs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of ``rows``: one value per row, shaped as the target
 
     weight: Tensor | None
 
-    def __init__(self, weight: Tensor | list[float] | None = None, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(
+        self, weight: Tensor | list[float] | None = None, ignore_index: int = -100, reduction: str = "mean"
+    ) -> None:
         super().__init__(reduction)
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.get_default_dtype() if not isinstance(weight, Tensor) else None)
+            weight = torch.as_tensor(
+                weight, dtype=torch.get_default_dtype() if not isinstance(weight, Tensor) else None
+            )
             if weight.ndim != 1 or not bool((weight >= 0).all()):
                 raise LossplugError("weight has to be one number >= 0 per class", where=type(self).__name__)
         # Not persistent: a class weight is a setting, and a checkpoint has to load whatever the setting.
@@ -70,9 +81,17 @@ class ClassificationLoss(Loss, ABC):
             remedy="Use a loss with a soft form: cross_entropy or poly_loss",
         )
 
-    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def kept(self, target: Tensor, ignore_index: int | None = None) -> Tensor:
+        """Returns where class-index targets are not ignored, for losses that look at the batch as a whole."""
+        return target != (self.ignore_index if ignore_index is None else ignore_index)
+
+    def classes(self, z: Tensor) -> int:
+        """Returns the number of classes of flat logits; the width, unless a loss says otherwise."""
+        return z.shape[1]
+
+    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Row losses times the weight of their class; losses that weight every class override it."""
-        rows = self.rows(z, y)
+        rows = self.rows(z, y, **row_inputs)
         return rows if weight is None else rows * weight[y]
 
     def weighted_soft_rows(self, z: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
@@ -90,6 +109,7 @@ class ClassificationLoss(Loss, ABC):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         reduction: str | None = None,
+        **row_inputs: Tensor,
     ) -> Tensor:
         """Computes the loss.
 
@@ -101,19 +121,26 @@ class ClassificationLoss(Loss, ABC):
             weight: Overrides the class weights of the module for this call.
             ignore_index: Overrides the module's for this call.
             reduction: Overrides the module's for this call.
+            row_inputs: What the loss lists in ``row_inputs``, each of the shape of the index targets.
 
         Raises:
             LabelError: A label outside [0, C) (an ``IndexError``; checked on CPU, where it costs no synchronisation).
             LossplugError: Shapes or dtypes that don't fit.
         """
+        unknown = sorted(set(row_inputs) - set(self.row_inputs))
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
         reduction = self.reduction if reduction is None else reduction
         check_reduction(reduction)
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         weight = self.weight if weight is None else weight
         soft = target.is_floating_point() and target.shape == logits.shape
         z, class_dim = flatten_logits(logits, target, soft, type(self).__name__)
-        if weight is not None and weight.numel() != z.shape[1]:
-            raise LossplugError(f"weight has {weight.numel()} classes, the logits have {z.shape[1]}", where=type(self).__name__)
+        classes = self.classes(z)
+        if weight is not None and weight.numel() != classes:
+            raise LossplugError(
+                f"weight has {weight.numel()} classes, the logits have {classes}", where=type(self).__name__
+            )
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
             weight = None if weight is None else weight.to(z)
@@ -128,10 +155,11 @@ class ClassificationLoss(Loss, ABC):
                 divisor: Tensor | None = None
             else:
                 y = target.reshape(-1)
-                check_labels(y, z.shape[1], ignore_index, type(self).__name__)
+                check_labels(y, classes, ignore_index, type(self).__name__)
                 keep = y != ignore_index
                 y = torch.where(keep, y, 0).long()
-                rows = torch.where(keep, self.weighted_rows(z, y, weight), 0)
+                inputs = {name: value.reshape(-1) for name, value in row_inputs.items()}
+                rows = torch.where(keep, self.weighted_rows(z, y, weight, **inputs), 0)
                 kept = keep.to(z.dtype) if weight is None else torch.where(keep, weight[y], 0)
                 divisor = (kept if scale is None else kept * scale).sum()
             if scale is not None:
@@ -143,7 +171,8 @@ class ClassificationLoss(Loss, ABC):
 class FusableLoss(ClassificationLoss):
     """A classification loss that sees the logits only through :class:`LogitStats`."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # of {"sum", "sumsq"}, besides lse and target
+    needs: frozenset[str] = frozenset()  # of {"sum", "sumsq"}, besides lse and target
+    spherical: ClassVar[bool] = False  # ``from_stats`` leaves lse alone: the O(d^2) output layer can train it
 
     @abstractmethod
     def from_stats(self, stats: LogitStats) -> Tensor:

@@ -38,7 +38,6 @@ class CrossEntropy(FusableLoss):
     """
 
     accepts_soft = True
-    needs = frozenset({"sum"})
 
     def __init__(
         self,
@@ -51,15 +50,17 @@ class CrossEntropy(FusableLoss):
         if not 0 <= label_smoothing <= 1:
             raise LossplugError(f"label_smoothing is {label_smoothing}, allowed is [0, 1]", where="cross_entropy")
         self.label_smoothing = label_smoothing
+        self.needs = frozenset({"sum"}) if label_smoothing else frozenset()
 
     def from_stats(self, stats: LogitStats) -> Tensor:
         """Rows of the unweighted loss; ``sum`` is needed only for the smoothing part."""
         nll = stats.lse - stats.target
-        if self.label_smoothing == 0 or stats.sum is None:
+        if self.label_smoothing == 0:
             return nll
-        return (1 - self.label_smoothing) * nll + self.label_smoothing * (stats.lse - stats.sum / stats.classes)
+        uniform = stats.lse - stats.needed("sum") / stats.classes
+        return (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
 
-    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Rows of materialised logits: torch's own kernel."""
         return F.cross_entropy(z, y, weight, reduction="none", label_smoothing=self.label_smoothing)
 

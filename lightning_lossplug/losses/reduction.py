@@ -19,7 +19,11 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce_rows(
-    rows: Tensor, divisor: Tensor | float | None, reduction: str, anchor: Tensor, denominator: Tensor | float | None = None
+    rows: Tensor,
+    divisor: Tensor | float | None,
+    reduction: str,
+    anchor: Tensor,
+    denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Reduces row losses that are already weighted, zero where ignored.
 

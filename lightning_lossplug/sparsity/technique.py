@@ -68,7 +68,9 @@ class NMSettings:
 
     def __post_init__(self) -> None:
         if self.indivisible not in ("error", "skip"):
-            raise LossplugError(f"indivisible is {self.indivisible!r}", where="NMSparsity", remedy="Use 'error' or 'skip'")
+            raise LossplugError(
+                f"indivisible is {self.indivisible!r}", where="NMSparsity", remedy="Use 'error' or 'skip'"
+            )
         if self.total_steps is not None and self.total_steps < 1:
             raise LossplugError(f"total_steps is {self.total_steps}, allowed is >= 1", where="NMSparsity")
         for n, m in self.patterns().values():
@@ -96,7 +98,9 @@ def parse_nm(pattern: str) -> tuple[int, int]:
     """
     n, colon, m = str(pattern).partition(":")
     if not (colon and n.strip().isdigit() and m.strip().isdigit()):
-        raise LossplugError(f"{pattern!r} is no N:M pattern", where="NMSparsity", remedy="Write it like '2:4', in quotes in YAML")
+        raise LossplugError(
+            f"{pattern!r} is no N:M pattern", where="NMSparsity", remedy="Write it like '2:4', in quotes in YAML"
+        )
     return int(n), int(m)
 
 
@@ -152,7 +156,7 @@ class NMTechnique(Technique[NMSettings]):
             weight = latent(candidate.layer, candidate.parameter)
             if not weight.is_floating_point():
                 return f"its dtype is {weight.dtype}"
-            n, m = next(nm for glob, nm in patterns.items() if matches([glob], candidate))
+            _, m = next(nm for glob, nm in patterns.items() if matches([glob], candidate))
             length = candidate.shape[candidate.reduction_axis]
             if length % m == 0:
                 return None
@@ -161,7 +165,7 @@ class NMTechnique(Technique[NMSettings]):
             if self.settings.indivisible == "skip":
                 return f"{m} does not divide its reduction axis of {length}"
             raise LossplugError(
-                f"M = {m} does not divide the reduction axis of {length} (weight {'x'.join(map(str, candidate.shape))})",
+                f"M = {m} does not divide the reduction axis of {length} (weight {candidate.shape})",
                 where=candidate.name,
                 remedy="Choose another M, add the layer to exclude, or set indivisible='skip'",
             )
@@ -273,8 +277,8 @@ class NMTechnique(Technique[NMSettings]):
         if not late:
             return []
         return [
-            f"{self.name} ({self.settings.recipe}): training ended before the final {self.settings.n}:{self.settings.m} "
-            f"pattern on {len(late)} layers, the first is {late[0]}; train longer or shorten the schedule"
+            f"{self.name} ({self.settings.recipe}): training ended before the final pattern on "
+            f"{len(late)} layers, the first is {late[0]}; train longer or shorten the schedule"
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -302,5 +306,3 @@ class NMTechnique(Technique[NMSettings]):
             layer = self.layers[name]
             layer.last_update, layer.flip_rate = last_update, flip_rate
             layer.pattern = tuple(pattern) if pattern else None  # type: ignore[assignment]
-
-

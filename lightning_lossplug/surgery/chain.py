@@ -16,6 +16,8 @@ from torch import nn
 
 Wrapper = Callable[..., Any]
 
+_ABSENT = object()
+
 # Outside the modules: a deep copy of a module in the middle of a fit (weight averaging) must not copy callbacks.
 _CHAINS: WeakKeyDictionary[nn.Module, dict[str, MethodChain]] = WeakKeyDictionary()
 
@@ -25,21 +27,32 @@ class MethodChain:
 
     def __init__(self, owner: nn.Module, name: str, look_through: bool) -> None:
         self.original = getattr(owner, name)
-        self.was_instance_attribute = name in vars(owner)  # true for the methods of a compiled LightningModule
         self.wrappers: dict[object, tuple[int, Wrapper]] = {}
 
         def call(*args: Any, **kwargs: Any) -> Any:
             function = self.original
-            for _, wrapper in self._outermost_last():
+            for _, wrapper in self._innermost_first():
                 function = functools.partial(wrapper, function)
             return function(*args, **kwargs)
 
         # Lightning reads the signature of training_step through __wrapped__; for configure_model it must not look
         # through, or it takes the method as not overridden and never calls it.
+        before = dict(vars(owner))
         setattr(owner, name, functools.wraps(self.original)(call) if look_through else call)
+        # What the assignment changed: the attribute itself, or what a property of the class keeps it in. It was there
+        # before on a compiled LightningModule, whose methods are instance attributes.
+        self.changed = {k: before.get(k, _ABSENT) for k, v in vars(owner).items() if before.get(k, _ABSENT) is not v}
 
-    def _outermost_last(self) -> list[tuple[int, Wrapper]]:
-        return sorted(self.wrappers.values(), key=lambda item: item[0], reverse=True)
+    def restore(self, owner: nn.Module) -> None:
+        """Puts the method back."""
+        for key, value in self.changed.items():
+            if value is _ABSENT:
+                del vars(owner)[key]
+            else:
+                vars(owner)[key] = value
+
+    def _innermost_first(self) -> list[tuple[int, Wrapper]]:
+        return sorted(self.wrappers.values(), key=lambda item: item[0])[::-1]
 
 
 def wrap_method(
@@ -69,10 +82,7 @@ def unwrap_method(owner: nn.Module, name: str, key: object) -> None:
     chain.wrappers.pop(key, None)
     if chain.wrappers:
         return
-    if chain.was_instance_attribute:
-        setattr(owner, name, chain.original)
-    else:
-        delattr(owner, name)
+    chain.restore(owner)
     del _CHAINS[owner][name]
     if not _CHAINS[owner]:
         del _CHAINS[owner]

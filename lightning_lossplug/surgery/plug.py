@@ -11,7 +11,6 @@ The stack is ordered by stage (structure, sparsity, quantization), whatever the 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -60,6 +59,11 @@ def transforms_name(parameter: str) -> str:
     return f"{parameter}_transforms"
 
 
+def is_transform_key(key: str) -> bool:
+    """Tells whether a key of a state dict belongs to a transform rather than to the plain module."""
+    return "_transforms." in key and any(f"_transforms.{stage}." in key for stage in STAGES)
+
+
 def _plugged_property(parameter: str) -> property:
     stack_name = transforms_name(parameter)
 
@@ -69,10 +73,10 @@ def _plugged_property(parameter: str) -> property:
         if weight is None or hasattr(weight, "_local_tensor"):
             return weight
         value: Tensor = weight
-        stack = layer._modules[stack_name]._modules  # type: ignore[union-attr]
+        stack: dict[str, Any] = layer._modules[stack_name]._modules  # type: ignore[union-attr]
         for stage in STAGES:
             if stage in stack:
-                value = stack[stage](value)  # type: ignore[misc]
+                value = stack[stage](value)
         return value
 
     def write(layer: nn.Module, value: nn.Parameter) -> None:
@@ -81,15 +85,20 @@ def _plugged_property(parameter: str) -> property:
     return property(read, write)
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def plugged_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
-    """Returns the subclass of ``cls`` in which ``parameters`` are read through their stacks."""
+    """Returns the subclass of ``cls`` in which ``parameters`` are read through their stacks, always the same one."""
+    if (cls, parameters) in _CLASSES:
+        return _CLASSES[cls, parameters]
     namespace: dict[str, Any] = {name: _plugged_property(name) for name in parameters}
     namespace["plugged_parameters"] = parameters
     # The class exists only here, so pickle and deepcopy rebuild it from the plain class.
     namespace["__reduce_ex__"] = lambda self, protocol: (_rebuild, (cls, parameters, vars(self).copy()))
     namespace["__module__"] = cls.__module__
-    return type(f"Plugged{cls.__name__}", (PluggedLayer, cls), namespace)
+    _CLASSES[cls, parameters] = type(f"Plugged{cls.__name__}", (PluggedLayer, cls), namespace)
+    return _CLASSES[cls, parameters]
 
 
 def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...], state: dict[str, Any]) -> nn.Module:
@@ -114,8 +123,7 @@ def latent(layer: nn.Module, parameter: str = "weight") -> nn.Parameter:
 def transform_of(layer: nn.Module, stage: str, parameter: str = "weight") -> WeightTransform | None:
     """Returns the transform at a stage of a parameter's stack, or None."""
     stack = layer._modules.get(transforms_name(parameter))
-    found = None if stack is None else stack._modules.get(stage)
-    return found  # type: ignore[return-value]
+    return None if stack is None else stack._modules.get(stage)  # type: ignore[return-value]
 
 
 def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weight", where: str = "layer") -> None:
@@ -135,7 +143,9 @@ def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weig
         raise LossplugError(f"the {type(layer).__name__} has no parameter {parameter!r}", where=where)
     if hasattr(weight, "_local_tensor"):
         raise LossplugError(
-            "the weight is sharded already", where=where, remedy="Build the layers in __init__, shard in configure_model"
+            "the weight is sharded already",
+            where=where,
+            remedy="Build the layers in __init__, shard in configure_model",
         )
     taken = transform_of(layer, transform.stage, parameter)
     if taken is not None:
@@ -149,12 +159,13 @@ def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weig
     if parameter not in plugged:
         layer.add_module(transforms_name(parameter), nn.ModuleDict())
         layer.__class__ = plugged_class(plain_class(layer), tuple(sorted((*plugged, parameter))))
-    layer._modules[transforms_name(parameter)][transform.stage] = transform.to(weight.device)  # type: ignore[index]
+    stack: Any = layer._modules[transforms_name(parameter)]
+    stack[transform.stage] = transform.to(weight.device)
 
 
 def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
     """Takes a transform off without folding it: the Parameter keeps its latent value."""
-    stack = layer._modules.get(transforms_name(parameter))
+    stack: Any = layer._modules.get(transforms_name(parameter))
     if stack is None or stage not in stack._modules:
         return
     del stack._modules[stage]
@@ -166,7 +177,7 @@ def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
     del layer._modules[transforms_name(parameter)]
 
 
-def plugged_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def plugged_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the plugged layers of a model with their paths."""
     for name, layer in model.named_modules():
         if isinstance(layer, PluggedLayer):
@@ -188,16 +199,16 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         LossplugError: A transform is not at its end (the weight would not be what the technique promises).
     """
     for name, layer in plugged_layers(model):
-        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
-            for transform in layer._modules[transforms_name(parameter)].children():  # type: ignore[union-attr]
+        for parameter in type(layer).plugged_parameters:
+            for transform in layer._modules[transforms_name(parameter)].children():
                 reason = transform.check_fold()
                 if reason is not None:
                     raise LossplugError(reason, where=f"{name}.{parameter}")
     model = model if inplace else copy.deepcopy(model)
     for _, layer in list(plugged_layers(model)):
-        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
+        for parameter in type(layer).plugged_parameters:
             latent(layer, parameter).copy_(getattr(layer, parameter))
-        for parameter in type(layer).plugged_parameters:  # type: ignore[attr-defined]
+        for parameter in type(layer).plugged_parameters:
             for stage in STAGES:
                 unplug(layer, stage, parameter=parameter)
     return model

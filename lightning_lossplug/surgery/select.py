@@ -203,15 +203,15 @@ def select(
     """
     found = candidates(model)
     names = [c.name for c in found]
-    for pattern in (*(include or ()), *exclude):
-        if found and not any(matches([pattern], c) for c in found):
-            raise LossplugError(
-                f"the pattern {pattern!r} matches no layer", where=technique, remedy=suggestion(pattern.strip("*."), names)
-            )
+    for glob in (*(include or ()), *exclude):
+        if found and not any(matches([glob], c) for c in found):
+            endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
+            remedy = suggestion(glob.strip("*."), endings)
+            raise LossplugError(f"the pattern {glob!r} matches no layer", where=technique, remedy=remedy)
     excluded = default_exclusions(model)
     choices = []
     for candidate in found:
-        pattern = "*" if include is None else matches(include, candidate)
+        pattern: str | None = "*" if include is None else matches(include, candidate)
         exact = pattern is not None and not any(c in pattern for c in "*?[")
         reason = excluded.get(id(latent(candidate.layer, candidate.parameter)))
         if pattern is None:
@@ -235,5 +235,3 @@ def require_taken(selection: Selection, technique: str) -> None:
     raise LossplugError(
         f"no layer selected{why}", where=technique, remedy="Name the layers in include, for example include=['*.mlp.*']"
     )
-
-

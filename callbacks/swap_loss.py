@@ -1,0 +1,171 @@
+"""Another loss in a training step that stays as it is."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.losses import Loss, create
+from lightning_lossplug.losses.swap import LossSwap
+from lightning_lossplug.registry import registry
+from lightning_lossplug.schedules import AnySchedule, Constant, Progress, Step, as_schedule
+from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
+
+LOSS_ORDER = 100  # inside the distillation terms and penalties that other techniques add around the step
+CHILD = "lossplug_loss"
+
+
+class SwapLoss(Callback):
+    """Trains with another loss: found where the step computes one, swapped in training only.
+
+    Validation and test losses stay what the module computes, so runs with different losses are compared on the same
+    numbers. Works in manual optimization too, since the swap happens inside the step. A loss with parameters becomes a
+    child of the module, so that the optimizer and DDP see it; a loss with buffers only is kept in the callback's state.
+
+    Args:
+        loss: Registry name (``lossplug list losses``), or a loss object.
+        parameters: Parameters of a loss given by name, as on its card.
+        mode: ``replace``: ``w new + (1 - w) old``; ``add``: ``old + w new``.
+        weight: The weight ``w``: a number, a schedule, or ``{point: value}`` in fractions of the run.
+        where: ``auto``, ``functional``, ``loss_function`` (of a Hugging Face model), or an attribute's path.
+        sample_index: Key or position of the sample ids in the batch, for losses that keep a value per sample.
+
+    Raises:
+        LossplugError: Unknown loss or parameter; nothing to swap (at the first step, naming what was looked for).
+    """
+
+    def __init__(
+        self,
+        loss: str | Loss = "cross_entropy",
+        parameters: dict[str, Any] | None = None,
+        mode: Literal["replace", "add"] = "replace",
+        weight: float | AnySchedule | dict[float, float] = 1.0,
+        where: str = "auto",
+        sample_index: int | str | None = None,
+    ) -> None:
+        if isinstance(loss, str):
+            entry = registry.get("loss", loss)
+            self.loss, self.loss_name, signature = create(loss, **(parameters or {})), entry.name, entry.signature
+        else:
+            if parameters:
+                raise LossplugError(
+                    "parameters go with a loss given by name", where="SwapLoss", remedy="Set them on the loss"
+                )
+            entry = next((e for e in registry if e.kind == "loss" and e.load() is type(loss)), None)  # type: ignore[assignment]
+            self.loss, self.loss_name = loss, entry.name if entry else type(loss).__name__
+            signature = entry.signature if entry else "logits_index"
+        self.weight = Step(weight) if isinstance(weight, dict) else as_schedule(weight)
+        self.sample_index = sample_index
+        self.swap = LossSwap(self.loss, signature or "logits_index", mode, where)
+        self.step = 0
+        if sample_index is not None and "index" not in inspect.signature(self.loss.forward).parameters:
+            raise LossplugError(f"the loss {self.loss_name!r} takes no sample index", where="SwapLoss")
+
+    @property
+    def state_key(self) -> str:
+        """Identifies the instance by loss, mode and place."""
+        return self._generate_state_key(loss=self.loss_name, mode=self.swap.mode, where=self.swap.where)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the loss and puts this one in its place for the steps of a fit."""
+        if any(True for _ in self.loss.parameters()):
+            taken = getattr(pl_module, CHILD, None)
+            if taken is not None and taken is not self.loss:
+                raise LossplugError(
+                    "two losses with parameters in one run", where="SwapLoss", remedy="Keep one of them"
+                )
+            setattr(pl_module, CHILD, self.loss)
+        if stage != "fit":
+            return
+        rivals = [c for c in trainer.callbacks if isinstance(c, SwapLoss) and c.swap.mode == "replace"]  # type: ignore[attr-defined]
+        if len(rivals) > 1 and self in rivals and len({c.swap.where for c in rivals}) < len(rivals):
+            names = " and ".join(repr(c.loss_name) for c in rivals)
+            raise LossplugError(
+                f"{names} both replace the loss", where="SwapLoss", remedy="Give one of them mode='add'"
+            )
+        self.swap.attach(pl_module)
+        self._checked = False
+        wrap_method(pl_module, "training_step", self, self._training_step(trainer), order=LOSS_ORDER)
+        rank_zero_info(f"SwapLoss: {self.loss_name} ({self.swap.mode}) in {', '.join(self.swap.sites)}")
+
+    def _training_step(self, trainer: Trainer) -> Any:
+        def training_step(inner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.swap.armed(self._weight(trainer), self._index(batch)):
+                output = inner(batch, *args, **kwargs)
+            if not self._checked:
+                self.swap.require_calls()
+                self._checked = True
+                if self.swap.dropped_smoothing:
+                    rank_zero_info(
+                        f"SwapLoss: the replaced call's label_smoothing={self.swap.dropped_smoothing} went with it; "
+                        "set parameters={'label_smoothing': ...} if the new loss should smooth"
+                    )
+            return output
+
+        return training_step
+
+    def _weight(self, trainer: Trainer) -> float:
+        if isinstance(self.weight, Constant):
+            return self.weight.value
+        total = trainer.estimated_stepping_batches
+        batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+        return self.weight(
+            Progress(
+                trainer.global_step,
+                int(total) if total != float("inf") and trainer.lightning_module.automatic_optimization else None,
+                batches / window if batches != float("inf") else None,
+            )
+        )
+
+    def _index(self, batch: Any) -> Tensor | None:
+        if self.sample_index is None:
+            return None
+        try:
+            return batch[self.sample_index]
+        except (KeyError, IndexError, TypeError):
+            raise LossplugError(
+                f"the batch ({type(batch).__name__}) has no {self.sample_index!r}",
+                where="SwapLoss",
+                remedy="Let the data set return the sample's index, and name its place with sample_index",
+            ) from None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the buffers of the loss to the module's device."""
+        self.loss.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the terms of the loss when the Trainer's loggers are due."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0 and self.swap.last:
+            names = {"new": self.loss_name, "old": "replaced"}
+            values = {f"SwapLoss/{names[key]}": value for key, value in self.swap.last.items()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Buffers of the loss (values per sample, running statistics)."""
+        if any(True for _ in self.loss.parameters()):
+            return {}  # the module holds it, with its weights
+        return dict(self.loss.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.loss.load_state_dict(state_dict)
+
+    def _clean_up(self, pl_module: LightningModule) -> None:
+        unwrap_method(pl_module, "training_step", self)
+        self.swap.detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts the training step and the criteria back."""
+        self._clean_up(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an exception, when ``teardown`` is not called."""
+        self._clean_up(pl_module)

@@ -1,0 +1,242 @@
+"""Swapping the loss that a training step computes, without editing the step.
+
+Three places are known. A *functional call*: every ``F.cross_entropy`` (``nn.CrossEntropyLoss`` calls
+it, and so do the loss functions of transformers), ``F.nll_loss``, ``F.mse_loss`` … goes to the new loss, with the call's
+own ``weight``, ``ignore_index`` and ``reduction``. A *criterion*: a module attribute with arithmetic of its own
+(``self.criterion = timm.loss.LabelSmoothingCrossEntropy()``), called as ``criterion(prediction, target)``. And the
+``loss_function`` of a Hugging Face model, inside which the functional calls are swapped and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_lossplug.errors import LossplugError, suggestion
+from lightning_lossplug.losses.base import ClassificationLoss, Loss
+from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
+
+Mode = Literal["replace", "add"]
+
+# Which functional calls a loss can stand in for, by its call signature.
+CALLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "logits_index": (F.cross_entropy, F.nll_loss),
+    "logits_soft": (F.cross_entropy,),
+    "binary_logits": (F.binary_cross_entropy_with_logits,),
+    "regression": (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
+}
+
+
+class LossSwap:
+    """Puts a loss in the place of (or beside) the one a module computes, while :meth:`armed`.
+
+    Args:
+        loss: The new loss.
+        signature: How it is called (the registry's ``signature``): decides which functional calls it can replace.
+        mode: ``replace``: ``w new + (1 - w) old``; ``add``: ``old + w new``.
+        where: ``auto`` (functional calls, and criteria with their own arithmetic), ``functional``, ``loss_function``
+            (of a Hugging Face model), or the path of an attribute such as ``criterion``.
+    """
+
+    def __init__(self, loss: Loss, signature: str, mode: Mode = "replace", where: str = "auto") -> None:
+        if mode not in ("replace", "add"):
+            raise LossplugError(f"mode is {mode!r}", where="SwapLoss", remedy="Use 'replace' or 'add'")
+        self.loss, self.signature, self.mode, self.where = loss, signature, mode, where
+        self.weight: float = 1.0
+        self.index: Tensor | None = None  # sample ids of the batch, for a loss that keeps a value per sample
+        self.calls = 0  # swapped calls since the last arming
+        self.dropped_smoothing = 0.0  # label smoothing of a replaced call, which goes with it
+        self.last: dict[str, Tensor] = {}  # detached terms of the last swapped call
+        self.sites: list[str] = []
+        self._armed = False
+        self._busy = False  # inside a swapped call: what it calls itself is not swapped again
+        self._patched: list[tuple[nn.Module, str]] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Finds the places in a module.
+
+        Raises:
+            LossplugError: ``where`` names an attribute that isn't there, or no functional call fits the loss.
+        """
+        self.detach()
+        functional = CALLS.get(self.signature, ())
+        if self.where in ("auto", "functional") and functional:
+            self.sites.append(f"calls of {', '.join('F.' + f.__name__ for f in functional)}")
+        if self.where == "auto":
+            for path, criterion in module.named_modules():
+                if path and is_criterion(criterion):
+                    self._patch(criterion, "forward", self._criterion_call)
+                    self.sites.append(f"the criterion {path!r} ({type(criterion).__name__})")
+        elif self.where == "loss_function":
+            owners = [(path, m) for path, m in module.named_modules() if callable(getattr(m, "loss_function", None))]
+            if not owners or not functional:
+                raise LossplugError(
+                    "no sub-module has a loss_function",
+                    where="SwapLoss",
+                    remedy="Use where='auto' or an attribute's path",
+                )
+            paths = [path for path, _ in owners]
+            for path, owner in owners:
+                if any(path.startswith(f"{outer}.") or not outer for outer in paths if outer != path):
+                    continue  # the base model inside a task model has the attribute too, and doesn't call it
+                self._patch(owner, "loss_function", self._scoped_call)
+                self.sites.append(f"{path}.loss_function".lstrip("."))
+        elif self.where != "functional":
+            owner, name, value = _attribute(module, self.where)
+            if isinstance(value, nn.Module):
+                self._patch(value, "forward", self._criterion_call)
+            else:
+                self._patch(owner, name, self._criterion_call)
+            self.sites.append(f"the attribute {self.where!r}")
+        if not self.sites:
+            raise LossplugError(
+                f"a {self.signature!r} loss replaces no functional call, and no criterion attribute was found",
+                where="SwapLoss",
+                remedy="Name the attribute that computes the loss: SwapLoss(..., where='criterion')",
+            )
+
+    def detach(self) -> None:
+        """Removes every patch."""
+        for owner, name in self._patched:
+            unwrap_method(owner, name, self)
+        self._patched.clear()
+        self.sites.clear()
+
+    @contextmanager
+    def armed(self, weight: float = 1.0, index: Tensor | None = None) -> Iterator[None]:
+        """Swaps inside the ``with`` block, a training step.
+
+        Args:
+            weight: Weight of the new loss now.
+            index: Sample ids of the batch.
+        """
+        self.weight, self.index, self.calls, self._armed = weight, index, 0, True
+        try:
+            if self.where in ("auto", "functional") and self.signature in CALLS:
+                with _FunctionalSwap(self):
+                    yield
+            else:
+                yield
+        finally:
+            self._armed, self.index = False, None
+
+    def require_calls(self) -> None:
+        """Raises :class:`LossplugError` when nothing was swapped since :meth:`armed`, naming what was looked for."""
+        if self.calls == 0:
+            raise LossplugError(
+                f"the training step computed no loss that could be swapped; looked for {', '.join(self.sites)}",
+                where="SwapLoss",
+                remedy="Name the attribute that computes it, SwapLoss(..., where='criterion'), or call F.cross_entropy",
+            )
+
+    def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
+        wrap_method(owner, name, self, wrapper)
+        self._patched.append((owner, name))
+
+    def _criterion_call(self, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._armed or self._busy:
+            return inner(*args, **kwargs)
+        return self.combine(lambda: inner(*args, **kwargs), *args, **kwargs)
+
+    def _scoped_call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._armed or self._busy:
+            return inner(*args, **kwargs)
+        with _FunctionalSwap(self):
+            return inner(*args, **kwargs)
+
+    def combine(self, old: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss that takes the place of a call."""
+        self.calls += 1
+        self._busy = True
+        try:
+            if self.index is not None:
+                kwargs["index"] = self.index
+            new = self.loss(*args, **kwargs)
+            needs_old = self.mode == "add" or self.weight != 1
+            before = old() if needs_old else None
+        finally:
+            self._busy = False
+        self.last = {"new": new.detach().mean()}
+        if before is None:
+            return new
+        self.last["old"] = before.detach().mean()
+        return before + self.weight * new if self.mode == "add" else self.weight * new + (1 - self.weight) * before
+
+
+class _FunctionalSwap(TorchFunctionMode):
+    """Sends the functional calls a loss can replace to it."""
+
+    def __init__(self, swap: LossSwap) -> None:
+        super().__init__()
+        self.swap = swap
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.swap._busy or func not in CALLS[self.swap.signature]:
+            return func(*args, **kwargs)
+        call = _bind(func, *args, **kwargs)
+        if call["label_smoothing"]:
+            self.swap.dropped_smoothing = call["label_smoothing"]
+        options = _options(self.swap.loss, call)
+        return self.swap.combine(lambda: func(*args, **kwargs), call["input"], call["target"], **options)
+
+
+def _bind(func: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of a functional loss by name, with defaults for those a function lacks."""
+    code = func.__code__
+    names = code.co_varnames[: code.co_argcount]
+    call: dict[str, Any] = {"weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    call.update(zip(names, args, strict=False))
+    call.update(kwargs)
+    for deprecated in ("size_average", "reduce"):
+        if call.get(deprecated) is not None:
+            raise LossplugError(
+                f"the replaced call uses the deprecated {deprecated}=", where="SwapLoss", remedy="Use reduction="
+            )
+    return call
+
+
+def _options(loss: Loss, call: dict[str, Any]) -> dict[str, Any]:
+    """What the replaced call decides: its reduction, and weight and ignored label unless the new loss has its own."""
+    options: dict[str, Any] = {"reduction": call["reduction"]}
+    if isinstance(loss, ClassificationLoss):
+        if loss.weight is None and call["weight"] is not None:
+            options["weight"] = call["weight"]
+        if call["ignore_index"] != -100:
+            options["ignore_index"] = call["ignore_index"]
+    elif call["weight"] is not None:
+        raise LossplugError(
+            f"the replaced call weights its elements, which {type(loss).__name__} cannot carry over", where="SwapLoss"
+        )
+    return options
+
+
+def is_criterion(module: nn.Module) -> bool:
+    """Tells a loss module with arithmetic of its own by its name; torch's are swapped through their functional call."""
+    name = type(module).__name__
+    named = name.endswith(("Loss", "CrossEntropy", "Criterion")) and not isinstance(module, Loss)
+    return named and not type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+
+
+def _attribute(module: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = module.get_submodule(parent)
+        value = getattr(owner, name)
+    except AttributeError:
+        known = [
+            n for n, m in module.named_modules() if n and (is_criterion(m) or isinstance(m, nn.modules.loss._Loss))
+        ]
+        known += [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        remedy = suggestion(path, known) if known else "Use where='auto' to swap functional calls"
+        raise LossplugError(f"the module has no attribute {path!r}", where="SwapLoss", remedy=remedy) from None
+    if not callable(value):
+        raise LossplugError(f"the attribute {path!r} is a {type(value).__name__}, not callable", where="SwapLoss")
+    return owner, name, value
