@@ -23,7 +23,8 @@ from lightning_lossplug.registry import register
 class BoxLoss(Loss, ABC):
     """A loss of boxes [..., 4] as (x1, y1, x2, y2), one row per box.
 
-    ``reduction`` is ``none`` by default, as in torchvision.     A side that is not positive (torchvision: NaN) counts as a tiny length, so that gradients stay finite.
+    ``reduction`` is ``none`` by default, as in torchvision. A side that is not positive (torchvision: NaN) counts as a
+    tiny length, so that gradients stay finite.
 
     Args:
         eps: Keeps divisions finite, > 0.

@@ -71,9 +71,9 @@ def cs_qmi(log_kx: Tensor, log_kz: Tensor) -> Tensor:
 class CSDivergence(Loss):
     r"""Cauchy-Schwarz divergence of two samples by Gaussian kernels.
 
-    :math:`\log \bar K_{xx} + \log \bar K_{yy} - 2 \log \bar K_{xy}`. The bars are means of the Gram matrices of points [N, D] and [M, D]. It is symmetric, >= 0 and 0 for equal samples.
-    Use it as a distribution term where a closed form without iterations is wanted; ``sinkhorn`` has gradients also
-    where the samples are many bandwidths apart.
+    :math:`\log \bar K_{xx} + \log \bar K_{yy} - 2 \log \bar K_{xy}`. The bars are means of the Gram matrices of points
+    [N, D] and [M, D]. It is symmetric, >= 0 and 0 for equal samples. Use it as a distribution term where a closed form
+    without iterations is wanted; ``sinkhorn`` has gradients also where the samples are many bandwidths apart.
 
     Args:
         sigma: Bandwidth > 0, in the unit of distances.
@@ -120,8 +120,9 @@ class CauchySchwarzIB(Loss):
     :math:`D_{CS}(p(y|x), p(\hat y|x)) + \beta\,I_{CS}(x, z)/\sqrt{I(x,x) I(z,z)}`. Called as ``loss(x, z, y, yhat)``
     with inputs x, features z, targets y and predictions yhat of N samples, [N, *] each (flattened per sample). Both
     terms are kernel estimates in bits, O(N^2) memory, computed on logarithms, so that predictions many bandwidths off
-    still have a gradient. In many input dimensions the Gram matrix of x is close to the identity and the first term compares each prediction with its own target only. Use it for small regression
-    problems that want compressed features (arXiv 2404.17951).
+    still have a gradient. In many input dimensions the Gram matrix of x is close to the identity and the first term
+    compares each prediction with its own target only. Use it for small regression problems that want compressed
+    features (arXiv 2404.17951).
 
     Args:
         sigma: Bandwidth > 0 on standardised data, the same for x, z and y; or ``median``: of each variable the median

@@ -39,8 +39,8 @@ class EISL(Loss):
     :math:`g = \mathrm{softmax}_t(R + \mathrm{Gumbel})`; the value of a sequence is minus the mean over reference
     n-grams u of :math:`\sum_t g_{tu} R_{tu}`, averaged over the list of n. A reference n-gram that touches padding is
     left out (the released function keeps it). The result is ``weights[0]`` times this plus ``weights[1]`` times the
-    mean token cross-entropy, which needs T = T'. Memory: B T T' numbers. Use it where targets are shifted or noisy: noisy
-    translation pairs, non-autoregressive decoders (arXiv 2106.15078).
+    mean token cross-entropy, which needs T = T'. Memory: B T T' numbers. Use it where targets are shifted or noisy:
+    noisy translation pairs, non-autoregressive decoders (arXiv 2106.15078).
 
     Args:
         ngrams: Values of n. 0 or a negative number stands for the output length plus it; an n longer than output or

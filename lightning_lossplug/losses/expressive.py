@@ -135,8 +135,8 @@ class MTLIBP(ExpressiveLoss):
     r"""Weighted sum of the certified and the adversarial loss: :math:`\alpha L_{IBP} + (1-\alpha) L_{adv}`.
 
     Bounds m and adversarial margins a [N, C-1]. Use it as the first of the three to try (arXiv 2305.13991). The
-    authors' alpha: 4e-3 for CIFAR-10 at 2/255 (attack radius times 2.1, 8 steps of 0.25), 0.5 at 8/255 (1 step), 1e-2 for MNIST
-    at 0.1; ``l1`` 1e-7 to 1e-5.
+    authors' alpha: 4e-3 for CIFAR-10 at 2/255 (attack radius times 2.1, 8 steps of 0.25), 0.5 at 8/255 (1 step), 1e-2
+    for MNIST at 0.1; ``l1`` 1e-7 to 1e-5.
 
     Args:
         alpha: Coefficient in [0, 1].

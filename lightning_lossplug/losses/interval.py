@@ -84,8 +84,8 @@ def propagate(layer: nn.Module, box: Box) -> Box:
     """Returns the bounds after a layer; register a function here to support another type."""
     raise LossplugError(
         f"interval bounds don't know {type(layer).__name__}",
-        remedy="Known: linear, convolution, batch norm, pooling, flatten, dropout, monotone activations; register others "
-        "with lightning_lossplug.losses.interval.propagate.register",
+        remedy="Known: linear, convolution, batch norm, pooling, flatten, dropout, monotone activations; register "
+        "others with lightning_lossplug.losses.interval.propagate.register",
     )
 
 

@@ -26,8 +26,9 @@ def entropic_ot(
     r"""Returns entropic transport values [B] by log-domain Sinkhorn iterations.
 
     The value is the dual :math:`\langle a, f\rangle + \langle b, g\rangle - \epsilon \sum_{ij} a_i b_j (E_{ij} - 1)`,
-    :math:`E_{ij} = e^{(f_i + g_j - C_{ij})/\epsilon}` (with ``rho``: :math:`\rho(1 - e^{-f/\rho})` for f and g) at the potentials of the last iteration, held constant: by
-    the envelope theorem its gradient in cost and weights is that of the transport value.
+    :math:`E_{ij} = e^{(f_i + g_j - C_{ij})/\epsilon}` (with ``rho``: :math:`\rho(1 - e^{-f/\rho})` for f and g) at the
+    potentials of the last iteration, held constant: by the envelope theorem its gradient in cost and weights is that of
+    the transport value.
 
     Args:
         cost: [B, N, M].
@@ -66,11 +67,11 @@ def entropic_ot(
 class Sinkhorn(Loss):
     r"""Sinkhorn divergence of two samples, the debiased entropic optimal transport.
 
-    :math:`S = OT_\epsilon(a,b) - \frac12 OT_\epsilon(a,a) - \frac12 OT_\epsilon(b,b)`. The cost is :math:`|x-y|^p/p` and :math:`\epsilon = \mathrm{blur}^p`. It is symmetric, >= 0 and 0 for equal samples;
-    blur -> 0 is optimal transport, blur -> infinity half the squared MMD with kernel -cost. Points [N, D] and [M, D],
-    or batches [B, N, D] and [B, M, D], with optional weights; without them every point weighs the same. Memory O(NM). Use
-    it to pull one distribution of features or outputs onto another whose support may differ
-    (arXiv 1706.00292, 1810.08278).
+    :math:`S = OT_\epsilon(a,b) - \frac12 OT_\epsilon(a,a) - \frac12 OT_\epsilon(b,b)`. The cost is :math:`|x-y|^p/p`
+    and :math:`\epsilon = \mathrm{blur}^p`. It is symmetric, >= 0 and 0 for equal samples; blur -> 0 is optimal
+    transport, blur -> infinity half the squared MMD with kernel -cost. Points [N, D] and [M, D], or batches [B, N, D]
+    and [B, M, D], with optional weights; without them every point weighs the same. Memory O(NM). Use it to pull one
+    distribution of features or outputs onto another whose support may differ (arXiv 1706.00292, 1810.08278).
 
     Args:
         p: Exponent >= 1 of the cost.
