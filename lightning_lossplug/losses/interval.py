@@ -207,10 +207,14 @@ def _functions(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     )
 
 
+def has_rule(layer: nn.Module) -> bool:
+    """Whether :func:`propagate` knows the type of a layer."""
+    return propagate.dispatch(type(layer)) is not propagate.dispatch(nn.Module)
+
+
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = propagate.dispatch(type(m)) is not propagate.dispatch(nn.Module)
-        return known or super().is_leaf_module(m, module_qualified_name)
+        return has_rule(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Interpreter(torch.fx.Interpreter):
@@ -261,20 +265,22 @@ def _run(
     if lower.shape != upper.shape or (point is not None and point.shape != lower.shape):
         raise LossplugError("lower, upper and point have to have one shape", where="interval bounds")
     box = Box(lower, upper, (lower + upper) / 2 if point is None else point)
+    where = type(model).__name__
+    if has_rule(model):  # a tracer looks inside the outermost module, whatever it is
+        model = nn.Sequential(model)
     try:
         interpreter = _Interpreter(torch.fx.GraphModule(model, _Tracer().trace(model)))
     except (torch.fx.proxy.TraceError, TypeError) as error:
         raise LossplugError(
             f"the network can't be traced: {error}",
-            where=type(model).__name__,
+            where=where,
             remedy="Give the plain network, without control flow on data",
         ) from error
+    interpreter.extra_traceback = False  # it would append lines of its own to our errors
     interpreter.submodules = dict(interpreter.module.named_modules())  # type: ignore[assignment]
     out = interpreter.run(box)
     if not isinstance(out, Box):
-        raise LossplugError(
-            f"the network returns {type(out).__name__}, expected one tensor", where=type(model).__name__
-        )
+        raise LossplugError(f"the network returns {type(out).__name__}, expected one tensor", where=where)
     return out, interpreter.last
 
 

@@ -45,7 +45,7 @@ class LogMSE(RegressionLoss):
         self.outside = outside
 
     def elements(self, pred: Tensor, target: Tensor, timestep: Tensor | None) -> Tensor:
-        """``-log1p(eps - r^2)``."""
+        """``-log(1 - r^2 + eps)``, in the form that keeps its digits at both ends."""
         error = pred - target
         if self.outside == "clamp":
             error = error.clamp(-1, 1)
@@ -55,4 +55,9 @@ class LogMSE(RegressionLoss):
                 where="lmse",
                 remedy="Scale data and predictions to [0, 1], or set outside='clamp'",
             )
-        return -torch.log1p(self.eps - error * error)
+        size = error.abs()
+        near = size < 0.5
+        small = torch.where(near, error, 0)
+        # Near 1, eps would vanish beside r^2; near 0, 1 - r^2 would lose r.
+        far = torch.where(near, 0.5, (1 - size) * (1 + size) + self.eps).log()
+        return -torch.where(near, torch.log1p(self.eps - small * small), far)

@@ -81,7 +81,8 @@ class Sinkhorn(Loss):
         debias: False gives :math:`OT_\epsilon(a,b)` alone, which is not 0 for equal samples.
         reach: None: all mass is transported; else > 0, the distance beyond which mass is rather given up.
         iterations: Least number of iterations of the own backend.
-        backend: ``torch`` (own log-domain iterations) or ``geomloss`` (its tensorized backend; p of 1 or 2).
+        backend: ``torch`` (own log-domain iterations) or ``geomloss`` (its tensorized backend; p of 1 or
+            2; it stops where the fall of blurs ends, so it wants a ``scaling`` near 1).
         reduction: Over the batch: ``none``, ``mean`` or ``sum``.
     """
 
