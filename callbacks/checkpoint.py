@@ -22,6 +22,7 @@ from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import registry
 from lightning_lossplug.surgery.plug import is_transform_key
+from lightning_lossplug.technique import Technique
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -86,16 +87,31 @@ def load_plugged(module: ModuleT, path: str | Path) -> ModuleT:
     Raises:
         LossplugError: The checkpoint can't be read or was written for another module.
     """
-    checkpoint = read_checkpoint(path)
-    for technique, state in technique_states(checkpoint):
+    replug(module, read_checkpoint(path), path)
+    return module
+
+
+def replug(module: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> list[Technique[Any]]:
+    """Does what :func:`load_plugged` does with a checkpoint that is read already, and returns the techniques.
+
+    Args:
+        module: The module as its author wrote it.
+        checkpoint: From :func:`read_checkpoint`.
+        path: Where it was read, for messages.
+
+    Raises:
+        LossplugError: The checkpoint was written for another module.
+    """
+    found = technique_states(checkpoint)
+    for technique, state in found:
         technique.attach(module)
         technique.load_state_dict(state)
     state_dict = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(LOSS_CHILD)}
     _load_strictly(module, state_dict, path)
-    return module
+    return [technique for technique, _ in found]
 
 
-def technique_states(checkpoint: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+def technique_states(checkpoint: dict[str, Any]) -> list[tuple[Technique[Any], dict[str, Any]]]:
     """Returns ``(technique, its state)`` for every technique callback saved in a checkpoint."""
     found = []
     for state in checkpoint.get("callbacks", {}).values():

@@ -63,7 +63,8 @@ class SwapLoss(Callback):
         self.sample_index = sample_index
         self.swap = LossSwap(self.loss, signature or "logits_index", mode, where)
         self.step = 0
-        if sample_index is not None and "index" not in inspect.signature(self.loss.forward).parameters:
+        takes = {*inspect.signature(self.loss.forward).parameters, *getattr(self.loss, "row_inputs", ())}
+        if sample_index is not None and "index" not in takes:
             raise LossplugError(f"the loss {self.loss_name!r} takes no sample index", where="SwapLoss")
 
     @property

@@ -32,6 +32,7 @@ BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
     "lightning_lossplug.sparsity",
+    "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
     "lightning_lossplug.integrations",
 )

@@ -1,1 +1,1 @@
-"""."""
+"""The ``lossplug`` command: ``demo``, ``fit``, ``evaluate``, ``export``, ``list`` and ``show``."""

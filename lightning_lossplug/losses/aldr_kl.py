@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.base import ClassificationLoss, check_parameter
+from lightning_lossplug.losses.base import ClassificationLoss, check_index, check_parameter
 from lightning_lossplug.losses.exchange import gather_rows
 from lightning_lossplug.losses.ldr_kl import Normalize, ldr_kl, margin_differences, normalize_scores
 from lightning_lossplug.registry import register
@@ -108,24 +108,8 @@ class ALDRKL(ClassificationLoss):
             return super().forward(logits, target, **options)
         if not self.training:
             return super().forward(logits, target, index=torch.full_like(target, -1), **options)
-        if index is None:
-            raise LossplugError(
-                "training with a lambda per sample needs index",
-                where="aldr_kl",
-                remedy="Pass index=, or leave dataset_size out",
-            )
-        if index.shape != target.shape or index.is_floating_point():
-            raise LossplugError(
-                f"index {tuple(index.shape)} is {index.dtype}, expected integers of shape {tuple(target.shape)}",
-                where="aldr_kl",
-            )
-        if index.device.type == "cpu" and index.numel() and int(index.max()) >= self.lambda_.numel():
-            raise LossplugError(
-                f"index {int(index.max())} is outside the {self.lambda_.numel()} samples",
-                where="aldr_kl",
-                remedy="Raise dataset_size",
-            )
-        index = torch.where(self.kept(target, options.get("ignore_index")), index.to(target.device), -1)
+        index = check_index(index, target, self.lambda_.numel(), "aldr_kl")
+        index = torch.where(self.kept(target, options.get("ignore_index")), index, -1)
         return super().forward(logits, target, index=index, **options)
 
     def rows(self, z: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:

@@ -24,6 +24,29 @@ def check_parameter(ok: bool, where: str, name: str, value: object, allowed: str
         raise LossplugError(f"{name} is {value!r}, allowed is {allowed}", where=where)
 
 
+def upcast(z: Tensor) -> Tensor:
+    """Returns half-precision tensors as float32, others as they are."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def check_index(index: Tensor | None, target: Tensor, size: int, where: str) -> Tensor:
+    """Returns the sample numbers of a table of ``size`` samples, on the device of ``target``.
+
+    Raises:
+        LossplugError: They are missing, not integers of the shape of ``target``, or (checked on CPU) beyond the table.
+    """
+    if index is None or index.shape != target.shape or index.is_floating_point():
+        given = "nothing" if index is None else f"{tuple(index.shape)} {index.dtype}"
+        raise LossplugError(
+            f"training needs index, the number of each sample: integers {tuple(target.shape)}, got {given}", where=where
+        )
+    if index.device.type == "cpu" and index.numel() and int(index.max()) >= size:
+        raise LossplugError(
+            f"index {int(index.max())} is outside the {size} samples", where=where, remedy="Raise dataset_size"
+        )
+    return index.to(target.device)
+
+
 class LabelError(LossplugError, IndexError):
     """A class index outside the classes."""
 
@@ -142,7 +165,7 @@ class ClassificationLoss(Loss, ABC):
                 f"weight has {weight.numel()} classes, the logits have {classes}", where=type(self).__name__
             )
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = upcast(z)
             weight = None if weight is None else weight.to(z)
             scale = None if sample_weight is None else sample_weight.reshape(-1).to(z)
             if scale is not None and scale.numel() != z.shape[0]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.base import LabelError, Loss
+from lightning_lossplug.losses.base import LabelError, Loss, upcast
 from lightning_lossplug.losses.reduction import check_reduction, reduce_rows
 
 
@@ -67,8 +67,7 @@ class BinaryLoss(Loss, ABC):
                 remedy="This loss takes one logit per 0/1 target, both of one shape",
             )
         with torch.autocast(logits.device.type, enabled=False):
-            s = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-            s, keep = s.reshape(-1), target.reshape(-1) != ignore_index
+            s, keep = upcast(logits).reshape(-1), target.reshape(-1) != ignore_index
             t = torch.where(keep, target.reshape(-1).to(s.dtype), 0)
             if t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((t < 0) | (t > 1)).any()):
                 raise LabelError(
@@ -77,6 +76,12 @@ class BinaryLoss(Loss, ABC):
             kept = keep.to(s.dtype)
             rows = torch.where(keep, self.elements(s, t), 0)
             if sample_weight is not None:
-                scale = sample_weight.expand_as(logits).reshape(-1).to(s)
+                try:
+                    scale = sample_weight.expand_as(logits).reshape(-1).to(s)
+                except RuntimeError:
+                    raise LossplugError(
+                        f"sample_weight {tuple(sample_weight.shape)} doesn't broadcast to {tuple(logits.shape)}",
+                        where=name,
+                    ) from None
                 rows, kept = rows * scale, kept * scale
             return reduce_rows(rows.reshape(logits.shape), kept.sum(), reduction, s, denominator)

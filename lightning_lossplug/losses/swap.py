@@ -1,7 +1,7 @@
 """Swapping the loss that a training step computes, without editing the step.
 
-Three places are known. A *functional call*: every ``F.cross_entropy`` (``nn.CrossEntropyLoss`` calls
-it, and so do the loss functions of transformers), ``F.nll_loss``, ``F.mse_loss`` … goes to the new loss, with the call's
+Three places are known. A *functional call*: every ``F.cross_entropy`` in the step (``nn.CrossEntropyLoss`` calls it,
+and so do the loss functions of transformers), ``F.nll_loss``, ``F.mse_loss`` … goes to the new loss, with the call's
 own ``weight``, ``ignore_index`` and ``reduction``. A *criterion*: a module attribute with arithmetic of its own
 (``self.criterion = timm.loss.LabelSmoothingCrossEntropy()``), called as ``criterion(prediction, target)``. And the
 ``loss_function`` of a Hugging Face model, inside which the functional calls are swapped and nothing else.

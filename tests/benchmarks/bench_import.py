@@ -1,4 +1,4 @@
-"""What ``import lightning_lossplug`` adds to ``import torch``, in seconds: median of fresh processes, one after the other.
+"""What ``import lightning_lossplug`` adds to ``import torch``, in seconds: median of fresh processes.
 
 Run: python tests/benchmarks/bench_import.py [--limit 0.3]
 """

@@ -1,7 +1,7 @@
 """One run that tests start, kill and resume: a timm model on digits with a swapped loss and N:M sparsity.
 
-Writes ``last.ckpt`` every few steps, one line of ``log.jsonl`` per step, and ``final.pt`` (weights, masks, clock) at the
-end. With ``--slow`` each step waits a little, so that a signal can fall anywhere in it.
+Writes ``last.ckpt`` every few steps, one line of ``log.jsonl`` per step, and ``final_<rank>.pt`` (weights, masks,
+clock) at the end. With ``--slow`` each step waits a little, so that a signal can fall anywhere in it.
 """
 
 import argparse
@@ -29,7 +29,9 @@ class StepLog(pl.Callback):
         if trainer.is_global_zero:
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(("val", "test"))}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": trainer.global_step, "batch": batch_idx, **values}, sort_keys=True) + "\n")
+                file.write(
+                    json.dumps({"step": trainer.global_step, "batch": batch_idx, **values}, sort_keys=True) + "\n"
+                )
 
 
 def main() -> None:
@@ -51,7 +53,14 @@ def main() -> None:
         num_classes=10,
         in_chans=1,
         img_size=8,
-        model_kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_rate": 0.1, "proj_drop_rate": 0.1},
+        model_kwargs={
+            "patch_size": 4,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "drop_rate": 0.1,
+            "proj_drop_rate": 0.1,
+        },
     )
     saver = ModelCheckpoint(folder, filename="last", every_n_train_steps=arguments.every, enable_version_counter=False)
     last = folder / "last.ckpt"

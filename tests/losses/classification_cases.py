@@ -69,16 +69,58 @@ INDEX_CASES: dict[str, Case] = {
         + ({"iterations": 0},),
     ),
     "z_loss": Case(({"a": 0.3, "b": 1.0},), bad=({"a": 0.0}, {"a": -1.0}, {"eps": 0.0})),
+    "nce": Case(),
+    "rce": Case(({"A": -4.0},), bad=({"A": 0.0},)),
+    "nfl": Case(({"gamma": 0.0}, {"gamma": 2.0}, {"detach_modulator": True}), bad=({"gamma": -0.5},)),
+    "ngce": Case(({"q": 1.0},), bad=({"q": 0.0}, {"q": 1.5})),
+    "nmae": Case(({"legacy": True},)),
+    "nrce": Case(({"legacy": True},), bad=({"A": 1.0},)),
+    "active_passive": Case(
+        tuple({"active": a, "passive": p, "beta": 0.3} for a in ("nce", "nfl", "ngce", "gce") for p in ("rce", "mae")),
+        bad=({"active": "rce"}, {"passive": "nce"}, {"alpha": -1.0}, {"beta": -1.0}, {"A": 1.0}, {"q": 2.0}),
+    ),
+    "symmetric_ce": Case(({"alpha": 6.0, "beta": 0.1},), bad=({"alpha": -1.0}, {"beta": -1.0}, {"A": 0.0})),
+    "lse_penalty": Case(({"lambda": 0.1},), bad=({"lambda": -1.0},)),
+    "spherical_softmax": Case(({"eps": 1.0},), bad=({"eps": 0.0},)),
+    "taylor_softmax": Case(),
+    "legendretron": Case(
+        ({"n_blocks": 1, "hidden": 2, "depth": 1}, {"l2": 0.0, "depth": 2}),
+        required={"num_classes": CLASSES},
+        bad=({"num_classes": 1}, {"n_blocks": 0}, {"hidden": 3}, {"depth": 0}, {"l2": -1.0}),
+    ),
+    "bias_loss": Case(
+        ({"normalisation": "global"}, {"normalisation": "global", "legacy": True}, {"alpha": 1.0, "beta": 0.0}),
+        inputs=lambda y: {"features": feature_maps(y)},
+        dense=False,
+        bad=({"beta": 1.0}, {"beta": -0.1}, {"normalisation": "batch"}),
+    ),
+    "correctness_aware": Case(({"balance": False},)),
+    "cape": Case(
+        ({"mode": "kde"},),
+        classes=2,
+        bad=({"mode": "hist"}, {"n_bins": 0}, {"sigma": 0.0}, {"window": 0}, {"k": -1}, {"dataset_size": 0}),
+    ),
 }
 
 BINARY_CASES: dict[str, Case] = {
     "sigmoid_focal": Case(
         ({"alpha": -1.0}, {"gamma": 0.5}, {"gamma": 0.0, "alpha": 0.5}), bad=({"alpha": 1.5}, {"gamma": -1.0})
     ),
+    "ensloss": Case(({"lambda": 0.5},), bad=({"period": 0}, {"clip": 0.0}, {"lambda_range": (1.0, -1.0)})),
 }
 
 # Losses that are called in their own way, with the file of their tests.
-OTHER: dict[str, str] = {}
+OTHER: dict[str, str] = {
+    "symmetric_consistency": "test_noisy_label_losses.py",
+    "spherical_output_layer": "test_spherical.py",
+    "smooth_adversarial_comp_sum": "test_smooth_adversarial.py",
+}
+
+
+def feature_maps(y: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.linspace(0.5, 2.0, len(y), dtype=torch.float64)
+    return spread[:, None, None] * torch.randn(len(y), 3, 4, generator=generator, dtype=torch.float64)
 
 
 def index_settings() -> list[tuple[str, dict[str, Any]]]:
@@ -88,7 +130,10 @@ def index_settings() -> list[tuple[str, dict[str, Any]]]:
 def build(name: str, parameters: dict[str, Any], **options: Any) -> torch.nn.Module:
     """Builds a loss in float64, learnable parts of it with fixed random numbers."""
     torch.manual_seed(0)
-    return create(name, **parameters, **options).double()
+    loss = create(name, **parameters, **options).double()
+    if name == "legendretron":
+        loss(*batch(name, 30, seed=1))  # the first batch sets its normalisation
+    return loss
 
 
 def batch(name: str, rows: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from lightning_lossplug.errors import LossplugError
@@ -158,7 +157,7 @@ def test_aldr_kl_bad_calls(batch):
     table = create("aldr_kl", dataset_size=8)
     with pytest.raises(LossplugError, match="needs index"):
         table(z, y)
-    with pytest.raises(LossplugError, match="expected integers"):
+    with pytest.raises(LossplugError, match="integers"):
         table(z, y, index=torch.arange(7))
     with pytest.raises(LossplugError, match="index 8 is outside"):
         table(z, y, index=torch.arange(1, 9))
@@ -166,24 +165,3 @@ def test_aldr_kl_bad_calls(batch):
         create("aldr_kl")(z, y, index=torch.arange(8))
     with pytest.raises(LossplugError, match="two classes"):
         create("aldr_kl")(z[:, :1], torch.zeros_like(y))
-
-
-def _rank(rank, file, result):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    z, y, index = torch.randn(5, C), torch.randint(C, (5,)), torch.tensor([1, 4, 2, 7, 1])
-    loss = create("aldr_kl", dataset_size=9)
-    mine = slice(0, 2) if rank == 0 else slice(2, 5)  # 2 and 3 rows; sample 1 is on both ranks
-    loss(z[mine], y[mine], index=index[mine])
-    empty = slice(0, 0) if rank == 0 else slice(0, 1)
-    loss(z[empty], y[empty], index=index[empty])
-    torch.save(loss.lambda_, f"{result}.{rank}")
-    dist.destroy_process_group()
-
-
-def test_every_rank_holds_the_same_table(tmp_path):
-    result = str(tmp_path / "table")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "init"), result), nprocs=2)
-    tables = [torch.load(f"{result}.{rank}") for rank in range(2)]
-    assert tables[0].equal(tables[1])
-    assert tables[0].lt(1).tolist() == [False, True, True, False, True, False, False, True, False]

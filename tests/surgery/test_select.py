@@ -90,7 +90,7 @@ def test_reasons_and_table(vit):
 def test_nothing_taken_is_an_error_with_the_reason():
     with pytest.raises(LossplugError, match="no layer selected: the model has none"):
         require_taken(select(nn.Sequential(nn.ReLU())), "NMSparsity")
-    with pytest.raises(LossplugError, match="left out.*embedding"):
+    with pytest.raises(LossplugError, match=r"left out.*embedding"):
         require_taken(select(nn.Sequential(nn.Embedding(4, 4))), "NMSparsity")
 
 

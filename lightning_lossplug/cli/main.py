@@ -1,0 +1,90 @@
+"""Entry point of ``lossplug``: finds the subcommand, and turns mistakes into one line and an exit code.
+
+Every subcommand is a module with ``run(arguments)``, imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_lossplug.errors import LossplugError, suggestion
+
+COMMANDS = {
+    "demo": "train dense and compressed on embedded data, compare, export; under three minutes",
+    "fit": "train by configuration (LightningCLI): model, data, callbacks",
+    "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
+    "export": "write a checkpoint as a plain folder for timm, transformers or torch",
+    "list": "losses, recipes, schedules, callbacks, models, data, metrics, configs",
+    "show": "what a name means: formula, parameters, source, plot",
+}
+
+OK, MISTAKE, INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Without the program's name; None takes ``sys.argv``.
+
+    Returns:
+        0; 2 for a mistake in arguments, files or settings; 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = os.environ.get("LOSSPLUG_DEBUG", "") not in ("", "0") or "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        _dispatch(given)
+        sys.stdout.flush()
+    except LossplugError as error:
+        if debug:
+            raise
+        print(f"lossplug: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("lossplug: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of `lossplug list | head` is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:  # --help of a subcommand
+        return stop.code if isinstance(stop.code, int) else OK
+    return OK
+
+
+def _dispatch(given: list[str]) -> None:
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if given[0] == "--version":
+        from lightning_lossplug import __version__
+
+        print(f"lossplug {__version__}")
+        return
+    command, rest = given[0], given[1:]
+    if command not in COMMANDS:
+        kind = "option" if command.startswith("-") else "command"
+        raise LossplugError(f"unknown {kind} {command!r}", remedy=suggestion(command, COMMANDS))
+    importlib.import_module(f"lightning_lossplug.cli.{command}").run(rest)
+
+
+def usage() -> str:
+    """Returns the help of the program."""
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: lossplug COMMAND [options]\n\n"
+        "New losses and progressive N:M sparsity for any LightningModule.\n\n"
+        f"commands:\n{rows}\n\n"
+        "options:\n"
+        "  -h, --help  this text; `lossplug COMMAND --help` explains a command\n"
+        "  --version   the version\n"
+        "  --debug     show the traceback of an error (also LOSSPLUG_DEBUG=1)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Writing a folder whole or not at all: staged beside its place, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_lossplug.errors import LossplugError
+
+MANIFEST = "lossplug.json"
+
+
+def clear_target(output: Path, *, overwrite: bool) -> None:
+    """Checks that a folder may be written.
+
+    Args:
+        output: Where the artifact goes.
+        overwrite: Whether an artifact that is there may be replaced.
+
+    Raises:
+        LossplugError: It is a file, it holds something and ``overwrite`` is off, or it holds something that is no
+            artifact, which is never replaced.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise LossplugError("is no folder", where=str(output), remedy="Choose another output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise LossplugError("the folder is not empty", where=str(output), remedy="Choose another one, or add --overwrite")
+    if not (output / MANIFEST).is_file():
+        raise LossplugError(
+            f"the folder holds files but no {MANIFEST}, so it is no artifact and won't be replaced",
+            where=str(output),
+            remedy="Choose another one",
+        )
+
+
+@contextmanager
+def artifact_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside ``output``; when the block ends well, it takes the place of ``output``.
+
+    An exception, or the end of the process, leaves what was at ``output`` as it was. The check that the place can be
+    written happens before the block runs.
+
+    Args:
+        output: Where the artifact goes; missing parents are made.
+        overwrite: Whether an artifact that is there may be replaced.
+
+    Raises:
+        LossplugError: The place is taken, or can't be written.
+    """
+    output = Path(output).absolute()
+    clear_target(output, overwrite=overwrite)
+    made = [path for path in output.parents if not path.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
+    except OSError as error:
+        _remove_empty(made)
+        reason = error.strerror or str(error)
+        raise LossplugError(f"the output folder can't be written: {reason}", where=str(output)) from None
+    try:
+        yield stage
+        _flush(stage)
+        _take_place(stage, output)
+    except BaseException as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        _remove_empty(made)
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise LossplugError(f"the artifact can't be written: {reason}", where=str(output)) from error
+        raise
+
+
+def _take_place(stage: Path, output: Path) -> None:
+    old = None
+    if output.is_dir() and any(output.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        os.rename(output, old)  # onto an empty folder, which POSIX allows
+    try:
+        os.rename(stage, output)
+    except BaseException:
+        if old is not None:
+            os.rename(old, output)
+        raise
+    _sync(output.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*sorted(folder.rglob("*")), folder):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)  # staging files are private, an artifact isn't
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
