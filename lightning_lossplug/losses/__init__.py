@@ -10,9 +10,20 @@ from typing import Any
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.fused import LinearCrossEntropy, fused_linear
 from lightning_lossplug.registry import registry
 
-__all__ = ["ClassificationLoss", "CrossEntropy", "Focal", "FusableLoss", "LabelError", "Loss", "create"]
+__all__ = [
+    "ClassificationLoss",
+    "CrossEntropy",
+    "Focal",
+    "FusableLoss",
+    "LabelError",
+    "LinearCrossEntropy",
+    "Loss",
+    "create",
+    "fused_linear",
+]
 
 
 def create(name: str, /, **parameters: Any) -> Loss:

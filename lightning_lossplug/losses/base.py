@@ -149,7 +149,7 @@ class ClassificationLoss(Loss, ABC):
 class FusableLoss(ClassificationLoss):
     """A classification loss that sees the logits only through :class:`LogitStats`."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # of {"sum", "sumsq"}, besides lse and target
+    needs: frozenset[str] = frozenset()  # of {"sum", "sumsq"}, besides lse and target
 
     @abstractmethod
     def from_stats(self, stats: LogitStats) -> Tensor:
@@ -158,6 +158,15 @@ class FusableLoss(ClassificationLoss):
     def rows(self, z: Tensor, y: Tensor) -> Tensor:
         """Row losses through the statistics of materialised logits."""
         return self.from_stats(logit_stats(z, y, self.needs))
+
+    def sum_weights(self, weight: Tensor | None) -> Tensor | None:
+        """Returns the ``u`` [C] of the statistic ``sum`` under class weights; None: ones."""
+        return None
+
+    def weighted_from_stats(self, stats: LogitStats, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Row losses times the weight of their class; losses that weight every class override it."""
+        rows = self.from_stats(stats)
+        return rows if weight is None else rows * weight[y]
 
 
 def flatten_logits(logits: Tensor, target: Tensor, soft: bool, name: str) -> tuple[Tensor, int]:

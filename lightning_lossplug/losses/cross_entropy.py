@@ -38,7 +38,6 @@ class CrossEntropy(FusableLoss):
     """
 
     accepts_soft = True
-    needs = frozenset({"sum"})
 
     def __init__(
         self,
@@ -51,6 +50,7 @@ class CrossEntropy(FusableLoss):
         if not 0 <= label_smoothing <= 1:
             raise LossplugError(f"label_smoothing is {label_smoothing}, allowed is [0, 1]", where="cross_entropy")
         self.label_smoothing = label_smoothing
+        self.needs = frozenset({"sum"}) if label_smoothing else frozenset()
 
     def from_stats(self, stats: LogitStats) -> Tensor:
         """Rows of the unweighted loss; ``sum`` is needed only for the smoothing part."""
@@ -58,6 +58,19 @@ class CrossEntropy(FusableLoss):
         if self.label_smoothing == 0 or stats.sum is None:
             return nll
         return (1 - self.label_smoothing) * nll + self.label_smoothing * (stats.lse - stats.sum / stats.classes)
+
+    def sum_weights(self, weight: Tensor | None) -> Tensor | None:
+        """The smoothing part weighs every class."""
+        return weight
+
+    def weighted_from_stats(self, stats: LogitStats, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Rows with class weights, the smoothing part from the weighted sum of the logits."""
+        if weight is None:
+            return self.from_stats(stats)
+        rows = (1 - self.label_smoothing) * weight[y] * (stats.lse - stats.target)
+        if self.label_smoothing == 0 or stats.sum is None:
+            return rows
+        return rows + self.label_smoothing / stats.classes * (weight.sum() * stats.lse - stats.sum)
 
     def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
         """Rows of materialised logits: torch's own kernel."""
