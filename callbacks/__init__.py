@@ -13,11 +13,13 @@ from lightning_lossplug.registry import register_path
 
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
+    from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
+    "ExactResume",
     "NMSparsity",
     "SwapLoss",
     "TechniqueCallback",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ExactResume": "exact_resume",
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
@@ -37,7 +40,7 @@ _HOME = {
     "read_checkpoint": "checkpoint",
 }
 
-for _name, _family in {"NMSparsity": "sparsity", "SwapLoss": "loss"}.items():
+for _name, _family in {"ExactResume": "resume", "NMSparsity": "sparsity", "SwapLoss": "loss"}.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 
 

@@ -94,8 +94,9 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
                 where=type(self).__name__,
                 remedy="Unfreeze the layers, or select layers that train",
             )
+        # A step pre-hook would run before the closure, and so before the backward pass.
+        wrap_method(pl_module, "configure_gradient_clipping", self, self._after_clipping(trainer))
         for optimizer in ours:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step(trainer, pl_module, ours[0])))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,8 +123,22 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
             batches / window if batches != float("inf") else None,
         )
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.technique.before_step(optimizer)
+    def _after_clipping(self, trainer: Trainer) -> Any:
+        def configure_gradient_clipping(inner: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            inner(optimizer, *args, **kwargs)
+            self._before_step(trainer, optimizer)
+
+        return configure_gradient_clipping
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """In manual optimization, where Lightning clips nothing: the gradients are final here."""
+        if not pl_module.automatic_optimization:
+            self._before_step(trainer, optimizer)
+
+    def _before_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.technique.before_step(optimizer, float(scaler.get_scale()) if fused else 1.0)  # type: ignore[union-attr]
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, clock: Optimizer) -> Any:
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -181,6 +196,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
 
     def _clean_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unwrap_method(pl_module, "configure_model", self)
+        unwrap_method(pl_module, "configure_gradient_clipping", self)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
                 unwrap_method(callback._average_model, "update_parameters", self)

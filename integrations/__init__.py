@@ -1,1 +1,51 @@
-"""."""
+"""Built-in models and data for timm and transformers; a class and its library are imported when first touched."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lightning_lossplug.errors import require
+from lightning_lossplug.registry import register_path
+
+# name: module, optional packages with the extra that brings each
+_LIGHTNING = {"lightning": "lightning"}
+_EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
+    "ImageClassifier": ("vision", {**_LIGHTNING, "torchmetrics": "lightning", "timm": "timm"}),
+    "CausalLM": ("language", {**_LIGHTNING, "torchmetrics": "lightning", "transformers": "transformers"}),
+    "DigitsData": ("data.digits", {**_LIGHTNING, "sklearn": "vision"}),
+    "IDXData": ("data.mnist", _LIGHTNING),
+    "FashionMNISTData": ("data.mnist", _LIGHTNING),
+    "TextData": ("data.text", _LIGHTNING),
+    "BatchedDataModule": ("data.module", _LIGHTNING),
+    "ResumableLoader": ("data.loader", {}),
+    "read_idx": ("data.idx", {}),
+    "load_causal_lm": ("pretrained", {}),
+    "load_tokenizer": ("pretrained", {}),
+    "smollm2_path": ("pretrained", {}),
+}
+__all__ = list(_EXPORTS)
+
+# Registered as attributes of this package, not of the modules: that way a missing library is named in one clear line.
+for _kind, _name, _family in (
+    ("model", "ImageClassifier", "vision"),
+    ("model", "CausalLM", "language"),
+    ("data", "DigitsData", "vision"),
+    ("data", "IDXData", "vision"),
+    ("data", "FashionMNISTData", "vision"),
+    ("data", "TextData", "language"),
+):
+    register_path(_kind, _name, f"{__name__}.{_name}", family=_family)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, packages = _EXPORTS[name]
+    for package, extra in packages.items():
+        require(package, extra, name)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

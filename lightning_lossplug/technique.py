@@ -60,8 +60,13 @@ class Technique(ABC, Generic[SettingsT]):
         Calling it twice for the same point changes nothing, so a resumed run may repeat it.
         """
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Works on gradients that are final (unscaled, clipped), just before ``optimizer.step``."""
+    def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
+        """Works on final gradients (synchronised, clipped), just before the optimizer uses them.
+
+        Args:
+            optimizer: The optimizer.
+            grad_scale: Factor that is still on the gradients: a fused optimizer takes the loss scale out by itself.
+        """
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Works on weights just after ``optimizer.step``."""

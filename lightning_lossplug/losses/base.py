@@ -18,6 +18,35 @@ from lightning_lossplug.losses.reduction import check_reduction, reduce_rows
 from lightning_lossplug.losses.stats import LogitStats, logit_stats
 
 
+def check_parameter(ok: bool, where: str, name: str, value: object, allowed: str) -> None:
+    """Raises :class:`LossplugError` that says which values a parameter may have, unless ``ok``."""
+    if not ok:
+        raise LossplugError(f"{name} is {value!r}, allowed is {allowed}", where=where)
+
+
+def upcast(z: Tensor) -> Tensor:
+    """Returns half-precision tensors as float32, others as they are."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def check_index(index: Tensor | None, target: Tensor, size: int, where: str) -> Tensor:
+    """Returns the sample numbers of a table of ``size`` samples, on the device of ``target``.
+
+    Raises:
+        LossplugError: They are missing, not integers of the shape of ``target``, or (checked on CPU) beyond the table.
+    """
+    if index is None or index.shape != target.shape or index.is_floating_point():
+        given = "nothing" if index is None else f"{tuple(index.shape)} {index.dtype}"
+        raise LossplugError(
+            f"training needs index, the number of each sample: integers {tuple(target.shape)}, got {given}", where=where
+        )
+    if index.device.type == "cpu" and index.numel() and int(index.max()) >= size:
+        raise LossplugError(
+            f"index {int(index.max())} is outside the {size} samples", where=where, remedy="Raise dataset_size"
+        )
+    return index.to(target.device)
+
+
 class LabelError(LossplugError, IndexError):
     """A class index outside the classes."""
 
@@ -45,6 +74,7 @@ class ClassificationLoss(Loss, ABC):
     """
 
     accepts_soft: ClassVar[bool] = False
+    row_inputs: ClassVar[tuple[str, ...]] = ()  # keyword arguments of ``rows``: one value per row, shaped as the target
 
     weight: Tensor | None
 
@@ -74,9 +104,17 @@ class ClassificationLoss(Loss, ABC):
             remedy="Use a loss with a soft form: cross_entropy or poly_loss",
         )
 
-    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def kept(self, target: Tensor, ignore_index: int | None = None) -> Tensor:
+        """Returns where class-index targets are not ignored, for losses that look at the batch as a whole."""
+        return target != (self.ignore_index if ignore_index is None else ignore_index)
+
+    def classes(self, z: Tensor) -> int:
+        """Returns the number of classes of flat logits; the width, unless a loss says otherwise."""
+        return z.shape[1]
+
+    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Row losses times the weight of their class; losses that weight every class override it."""
-        rows = self.rows(z, y)
+        rows = self.rows(z, y, **row_inputs)
         return rows if weight is None else rows * weight[y]
 
     def weighted_soft_rows(self, z: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
@@ -94,6 +132,7 @@ class ClassificationLoss(Loss, ABC):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         reduction: str | None = None,
+        **row_inputs: Tensor,
     ) -> Tensor:
         """Computes the loss.
 
@@ -105,23 +144,28 @@ class ClassificationLoss(Loss, ABC):
             weight: Overrides the class weights of the module for this call.
             ignore_index: Overrides the module's for this call.
             reduction: Overrides the module's for this call.
+            row_inputs: What the loss lists in ``row_inputs``, each of the shape of the index targets.
 
         Raises:
             LabelError: A label outside [0, C) (an ``IndexError``; checked on CPU, where it costs no synchronisation).
             LossplugError: Shapes or dtypes that don't fit.
         """
+        unknown = sorted(set(row_inputs) - set(self.row_inputs))
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
         reduction = self.reduction if reduction is None else reduction
         check_reduction(reduction)
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         weight = self.weight if weight is None else weight
         soft = target.is_floating_point() and target.shape == logits.shape
         z, class_dim = flatten_logits(logits, target, soft, type(self).__name__)
-        if weight is not None and weight.numel() != z.shape[1]:
+        classes = self.classes(z)
+        if weight is not None and weight.numel() != classes:
             raise LossplugError(
-                f"weight has {weight.numel()} classes, the logits have {z.shape[1]}", where=type(self).__name__
+                f"weight has {weight.numel()} classes, the logits have {classes}", where=type(self).__name__
             )
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = upcast(z)
             weight = None if weight is None else weight.to(z)
             scale = None if sample_weight is None else sample_weight.reshape(-1).to(z)
             if scale is not None and scale.numel() != z.shape[0]:
@@ -134,10 +178,11 @@ class ClassificationLoss(Loss, ABC):
                 divisor: Tensor | None = None
             else:
                 y = target.reshape(-1)
-                check_labels(y, z.shape[1], ignore_index, type(self).__name__)
+                check_labels(y, classes, ignore_index, type(self).__name__)
                 keep = y != ignore_index
                 y = torch.where(keep, y, 0).long()
-                rows = torch.where(keep, self.weighted_rows(z, y, weight), 0)
+                inputs = {name: value.reshape(-1) for name, value in row_inputs.items()}
+                rows = torch.where(keep, self.weighted_rows(z, y, weight, **inputs), 0)
                 kept = keep.to(z.dtype) if weight is None else torch.where(keep, weight[y], 0)
                 divisor = (kept if scale is None else kept * scale).sum()
             if scale is not None:
@@ -150,6 +195,7 @@ class FusableLoss(ClassificationLoss):
     """A classification loss that sees the logits only through :class:`LogitStats`."""
 
     needs: frozenset[str] = frozenset()  # of {"sum", "sumsq"}, besides lse and target
+    spherical: ClassVar[bool] = False  # ``from_stats`` leaves lse alone: the O(d^2) output layer can train it
 
     @abstractmethod
     def from_stats(self, stats: LogitStats) -> Tensor:

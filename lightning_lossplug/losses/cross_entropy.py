@@ -55,9 +55,10 @@ class CrossEntropy(FusableLoss):
     def from_stats(self, stats: LogitStats) -> Tensor:
         """Rows of the unweighted loss; ``sum`` is needed only for the smoothing part."""
         nll = stats.lse - stats.target
-        if self.label_smoothing == 0 or stats.sum is None:
+        if self.label_smoothing == 0:
             return nll
-        return (1 - self.label_smoothing) * nll + self.label_smoothing * (stats.lse - stats.sum / stats.classes)
+        uniform = stats.lse - stats.needed("sum") / stats.classes
+        return (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
 
     def sum_weights(self, weight: Tensor | None) -> Tensor | None:
         """The smoothing part weighs every class."""
@@ -68,11 +69,11 @@ class CrossEntropy(FusableLoss):
         if weight is None:
             return self.from_stats(stats)
         rows = (1 - self.label_smoothing) * weight[y] * (stats.lse - stats.target)
-        if self.label_smoothing == 0 or stats.sum is None:
+        if self.label_smoothing == 0:
             return rows
-        return rows + self.label_smoothing / stats.classes * (weight.sum() * stats.lse - stats.sum)
+        return rows + self.label_smoothing / stats.classes * (weight.sum() * stats.lse - stats.needed("sum"))
 
-    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+    def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Rows of materialised logits: torch's own kernel."""
         return F.cross_entropy(z, y, weight, reduction="none", label_smoothing=self.label_smoothing)
 

@@ -11,11 +11,10 @@ from lightning_lossplug.losses.stats import LogitStats
 from lightning_lossplug.registry import register
 
 
-def one_minus_power(n: Tensor, gamma: float) -> Tensor:
-    """Returns ``(1 - e^-n)^gamma`` for ``n >= 0`` with finite gradients at ``n = 0`` (for gamma < 1 by a floor)."""
+def one_minus_power(rest: Tensor, gamma: float) -> Tensor:
+    """Returns ``rest^gamma`` for ``rest = 1 - p >= 0`` with finite gradients at 0 (for gamma < 1 by a floor)."""
     if gamma == 0:
-        return torch.ones_like(n)
-    rest = -torch.expm1(-n)
+        return torch.ones_like(rest)
     return rest.clamp_min(1e-12) ** gamma if gamma < 1 else rest**gamma
 
 
@@ -55,6 +54,6 @@ class Focal(FusableLoss):
 
     def from_stats(self, stats: LogitStats) -> Tensor:
         """Rows from the cross-entropy of each row."""
-        n = stats.lse - stats.target
-        modulator = one_minus_power(n, self.gamma)
+        n = stats.nll
+        modulator = one_minus_power(-torch.expm1(-n), self.gamma)
         return (modulator.detach() if self.detach_modulator else modulator) * n

@@ -1,8 +1,7 @@
 """Per-row statistics of logits, from which a whole family of losses is computed.
 
 Many classification losses depend on a row of logits ``z`` only through a few scalars: the log-partition
-``lse = logsumexp(z)``, the target logit ``z_y``, the sum ``sum_k u_k z_k`` and the sum of squares. Their
-gradient is then
+``lse = logsumexp(z)``, the target logit ``z_y``, the sum ``sum_k u_k z_k`` and the sum of squares. Their gradient is
 
     dl/dz = (dl/dlse) softmax(z) + (dl/dz_y) e_y + (dl/dsum) u + 2 (dl/dsumsq) z
 
@@ -12,10 +11,12 @@ so one backward serves them all, on materialised logits (here) and on a linear h
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_lossplug.errors import LossplugError
 
 
 class LogitStats(NamedTuple):
@@ -34,6 +35,20 @@ class LogitStats(NamedTuple):
     classes: int
     sum: Tensor | None = None
     sumsq: Tensor | None = None
+
+    @property
+    def nll(self) -> Tensor:
+        """The cross-entropy ``n = lse - z_y`` of each row, >= 0 also where rounding would make it negative."""
+        return (self.lse - self.target).clamp_min(0)
+
+    def needed(self, name: Literal["sum", "sumsq"]) -> Tensor:
+        """Returns an optional statistic; an error where it was not computed."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise LossplugError(
+                f"the statistic {name!r} was not computed", remedy=f"Put {name!r} into the loss's needs"
+            )
+        return value
 
 
 class _LogitStats(torch.autograd.Function):

@@ -208,10 +208,9 @@ class NMTechnique(Technique[NMSettings]):
             layer.pattern, layer.last_update = pattern, progress.step
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
         """Adds SR-STE's pull on pruned weights; masks the gradients of a frozen mask."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        scale = getattr(optimizer, "grad_scale", None)  # set while a fused optimizer unscales by itself
         for layer in self.layers.values():
             group, transform = groups.get(id(layer.weight)), layer.transform
             if group is None or transform.mode == "dense" or layer.weight.grad is None:
@@ -224,8 +223,7 @@ class NMTechnique(Technique[NMSettings]):
                 if layer.recipe.penalty_decoupled:
                     srste_decay_(weight, mask, layer.recipe.penalty, float(group["lr"]))
                 else:
-                    strength = layer.recipe.penalty if scale is None else layer.recipe.penalty * float(scale)
-                    srste_penalty_(grad, weight, mask, strength)
+                    srste_penalty_(grad, weight, mask, layer.recipe.penalty * grad_scale)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
