@@ -53,8 +53,8 @@ class HeadGradients:
         self,
         part: slice,
         z: Tensor,
-        y: Tensor,
-        label: Tensor,
+        y: Tensor | None = None,
+        label: Tensor | None = None,
         scale: Tensor | None = None,
         constant: Tensor | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class HeadGradients:
         Args:
             part: The rows; they come in order.
             z: [r, V], zero at the labels.
-            y: Labels [r].
+            y: Labels [r], or None where there are none.
             label: Entries at the labels, [r].
             scale: [r]; None: ones.
             constant: [r]; None: zeros. Not together with a bias.
@@ -74,17 +74,18 @@ class HeadGradients:
                 product.mul_(scale[:, None])
             if constant is not None:
                 product.addr_(constant, self._u_times_weight())
-            add_rows(product, self.weight, y, label)
+            if y is not None and label is not None:
+                add_rows(product, self.weight, y, label)
             self.hidden[part] = product
         if self.matrix is not None:
             h = self.source[part].to(self.exact)
-            at_label = (h * label[:, None]).to(self.matrix.dtype)
             if constant is not None:
                 self._has_constant = True
                 self._constant += constant @ h
             self._add_outer(z, h, scale, first=part.start == 0)
-            self.matrix.index_add_(0, y, at_label)
-        if self.bias is not None:
+            if y is not None and label is not None:
+                self.matrix.index_add_(0, y, (h * label[:, None]).to(self.matrix.dtype))
+        if self.bias is not None and y is not None and label is not None:
             self.bias.index_add_(0, y, label)
 
     def finished(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -127,8 +127,8 @@ def fused_linear(
         return rows_total(flat, weight, objective, factor, bias=bias, softcap=softcap, chunk=tile)
     stats = linear_stats(flat, weight, y, bias=bias, softcap=softcap, needs=fused.needs, u=objective.u, tile=tile)
     rows = objective.rows(stats)
-    value = _spread(rows, kept, target) if reduction == "none" else rows.sum() * factor
-    return (value, _spread(stats.lse, kept, target)) if return_lse else value
+    value = spread(rows, kept, target.shape) if reduction == "none" else rows.sum() * factor
+    return (value, spread(stats.lse, kept, target.shape)) if return_lse else value
 
 
 def _factor(objective: Objective, reduction: str, denominator: Tensor | float | None, dtype: torch.dtype) -> Tensor:
@@ -146,10 +146,11 @@ def _factor(objective: Objective, reduction: str, denominator: Tensor | float | 
     return torch.where(divisor > 0, 1 / torch.where(divisor > 0, divisor, 1), 0)
 
 
-def _spread(rows: Tensor, kept: Tensor, target: Tensor) -> Tensor:
-    if kept.numel() == target.numel():
-        return rows.reshape(target.shape)
-    return rows.new_zeros(target.numel()).index_copy(0, kept, rows).reshape(target.shape)
+def spread(rows: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
+    """Puts the values of the kept rows back among zeros."""
+    if kept.numel() == shape.numel():
+        return rows.reshape(shape)
+    return rows.new_zeros(shape.numel()).index_copy(0, kept, rows).reshape(shape)
 
 
 def _nothing(
