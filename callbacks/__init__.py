@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
+    "SAM",
     "ExactResume",
     "NMSparsity",
     "SwapLoss",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "SAM": "sam",
     "ExactResume": "exact_resume",
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
@@ -40,7 +43,12 @@ _HOME = {
     "read_checkpoint": "checkpoint",
 }
 
-for _name, _family in {"ExactResume": "resume", "NMSparsity": "sparsity", "SwapLoss": "loss"}.items():
+for _name, _family in {
+    "ExactResume": "resume",
+    "NMSparsity": "sparsity",
+    "SwapLoss": "loss",
+    "SAM": "robustness",
+}.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 
 

@@ -1,7 +1,7 @@
 """A timm model on Fashion-MNIST: dense, 2:4 and 1:16, by adding callbacks to one Trainer.
 
     python examples/vision_fashion_mnist.py             # all 60,000 images, 10 epochs per run: about 1 h on two cores
-    python examples/vision_fashion_mnist.py --short     # 1,024 images, 2 epochs: about a minute
+    python examples/vision_fashion_mnist.py --short     # 512 images, 2 epochs: about a minute
 
 Debian's package ``dataset-fashion-mnist`` brings the images; ``--root`` takes any folder with the four IDX files.
 Each run is evaluated on the test images with torchmetrics and leaves as a folder that plain timm loads.
@@ -55,7 +55,7 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, float | str]:
         lr=1e-3,
     )
     data = FashionMNISTData(
-        root=arguments.root, batch_size=128, train_limit=1024 if arguments.short else None, augment=not arguments.short
+        root=arguments.root, batch_size=128, train_limit=512 if arguments.short else None, augment=not arguments.short
     )
     own = callbacks(run)
     trainer = pl.Trainer(
@@ -67,6 +67,7 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, float | str]:
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=2 if arguments.short else 1.0,
         limit_test_batches=4 if arguments.short else 1.0,
     )
     start = perf_counter()

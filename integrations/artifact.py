@@ -109,7 +109,11 @@ def nm_layers(techniques: Sequence[Technique[Any]]) -> dict[str, NMLayer]:
         for name, layer in technique.layers.items():
             n, m, candidate = layer.recipe.n, layer.recipe.m, layer.candidate
             if layer.transform.mode != "hard" or layer.pattern != (n, m):
-                now = "dense" if layer.pattern is None else f"{layer.pattern[0]}:{layer.pattern[1]} ({layer.transform.mode})"
+                now = (
+                    "dense"
+                    if layer.pattern is None
+                    else f"{layer.pattern[0]}:{layer.pattern[1]} ({layer.transform.mode})"
+                )
                 raise LossplugError(
                     f"the weight is {now}, not {n}:{m} yet",
                     where=name,
@@ -136,7 +140,9 @@ def _write_timm(network: nn.Module, state: dict[str, Tensor], stage: Path, data_
     import timm
     from timm.models import save_for_hf
 
-    save_for_hf(network, str(stage), safe_serialization=True, data_config=data_config)  # its config.json is what timm builds the network from
+    save_for_hf(
+        network, str(stage), safe_serialization=True, data_config=data_config
+    )  # its config.json is what timm builds the network from
     write_safetensors(state, stage / WEIGHTS)
     try:
         again = timm.create_model(f"local-dir:{stage}", pretrained=True)

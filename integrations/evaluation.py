@@ -173,7 +173,10 @@ class _Classification:
         logits = logits_of(network(x.to(device))).float().cpu()
         if self.metrics is None:
             classes = logits.shape[1]
-            self.metrics = (MulticlassAccuracy(classes, average="micro"), MulticlassCalibrationError(classes, n_bins=15))
+            self.metrics = (
+                MulticlassAccuracy(classes, average="micro"),
+                MulticlassCalibrationError(classes, n_bins=15),
+            )
         for metric in self.metrics:
             metric.update(logits.softmax(1), y)
         self.nll += torch.nn.functional.cross_entropy(logits, y, reduction="sum").double()
@@ -209,7 +212,9 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def paired_latency(networks: Sequence[nn.Module], batch: Any, *, device: str = "cpu", size: int = 8, rounds: int = 20) -> list[list[float]]:
+def paired_latency(
+    networks: Sequence[nn.Module], batch: Any, *, device: str = "cpu", size: int = 8, rounds: int = 20
+) -> list[list[float]]:
     """Times forward passes in turn, so that what else the machine does hits all alike.
 
     Args:
@@ -243,5 +248,3 @@ def paired_latency(networks: Sequence[nn.Module], batch: Any, *, device: str = "
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-

@@ -69,10 +69,14 @@ def find_network(module: nn.Module, path: str | None = None) -> Network:
             found.append(Network(name, child, library))
     if len(found) > 1:
         names = [network.path for network in found]
-        raise LossplugError(f"the module holds {len(found)} models: {', '.join(names)}", remedy="Say which with --network")
+        raise LossplugError(
+            f"the module holds {len(found)} models: {', '.join(names)}", remedy="Say which with --network"
+        )
     if found:
         return found[0]
-    children = [(n, c) for n, c in module.named_children() if any(True for _ in c.parameters()) and n != "lossplug_loss"]
+    children = [
+        (n, c) for n, c in module.named_children() if any(True for _ in c.parameters()) and n != "lossplug_loss"
+    ]
     own = any(True for _ in module.parameters(recurse=False))
     if isinstance(module, LightningModule) and len(children) == 1 and not own:
         return Network(*children[0], "torch")
@@ -145,7 +149,9 @@ def _guess(kind: str, given: dict[str, Any], where: str) -> str:
     if len(fitting) == 1:
         return fitting[0]
     what = "has no hyper-parameters" if not given else "does not say which class wrote it"
-    raise LossplugError(f"the checkpoint {what}", where=where, remedy="Name the class with --model: a dotted path, or a registered name")
+    raise LossplugError(
+        f"the checkpoint {what}", where=where, remedy="Name the class with --model: a dotted path, or a registered name"
+    )
 
 
 def _takes(entry: Entry, given: dict[str, Any]) -> bool:

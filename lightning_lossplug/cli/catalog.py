@@ -19,7 +19,9 @@ def entries() -> list[Entry]:
     """Returns every entry, kinds in the order of the documentation."""
     configs = [Entry(CONFIG, name, "lightning_lossplug.recipes.config_path", "recipe file") for name in config_names()]
     found = [*registry, *configs]
-    return sorted(found, key=lambda e: (ORDER.index(e.kind) if e.kind in ORDER else len(ORDER), e.kind, e.family, e.name))
+    return sorted(
+        found, key=lambda e: (ORDER.index(e.kind) if e.kind in ORDER else len(ORDER), e.kind, e.family, e.name)
+    )
 
 
 def select(word: str | None, found: list[Entry]) -> list[Entry]:
@@ -94,7 +96,10 @@ def docstring(entry: Entry) -> str:
     """Returns the docstring of what an entry builds (of a recipe file: its leading comment)."""
     if entry.kind == CONFIG:
         lines = config_path(entry.name).read_text(encoding="utf-8").splitlines()
-        comment = [line.lstrip("# ") for line in lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]]
+        comment = [
+            line.lstrip("# ")
+            for line in lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
+        ]
         return "\n".join(comment)
     return inspect.getdoc(entry.load()) or ""
 

@@ -34,7 +34,9 @@ def condense(error: BaseException, options: list[str], classes: dict[str, list[s
         return _unknown_key(found.group(1), key, _first(r"class_path '([^']+)'", text), options)
     if (name := _first(r"Expected a dot import path string: (\S+)", text)) is not None:
         kind = {"model": "model", "data": "data module"}.get(str(key), "class")
-        return LossplugError(f"unknown {kind} {name!r}", where=key, remedy=suggestion(name, classes.get(str(key)) or ["a dotted path"]))
+        return LossplugError(
+            f"unknown {kind} {name!r}", where=key, remedy=suggestion(name, classes.get(str(key)) or ["a dotted path"])
+        )
     if (module := _first(r"(No module named '[^']+')", text)) is not None:
         given = _first(r"class_path '([^']+)'", text)
         return LossplugError(f"{given or 'the class'} can't be imported: {module}", where=key)

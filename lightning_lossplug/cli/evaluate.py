@@ -10,7 +10,16 @@ from typing import Any
 
 from lightning_lossplug.cli.arguments import new_parser, positive_int
 from lightning_lossplug.cli.fit import argument_errors, import_named, short_names
-from lightning_lossplug.cli.output import bytes_text, console, plain, progress, require_writable, table, to_json, write_text
+from lightning_lossplug.cli.output import (
+    bytes_text,
+    console,
+    plain,
+    progress,
+    require_writable,
+    table,
+    to_json,
+    write_text,
+)
 from lightning_lossplug.errors import LossplugError, require
 
 EPILOG = """examples:
@@ -28,8 +37,12 @@ def run(arguments: list[str]) -> None:
     """
     parser = new_parser("evaluate", "Metrics, sparsity, size and latency, side by side on the test split.", EPILOG)
     parser.add_argument("paths", nargs="+", help="Lightning checkpoints, and folders for timm or transformers")
-    parser.add_argument("--data", metavar="NAME", help="data module and, as --data.KEY VALUE, its arguments; default: the checkpoint's")
-    parser.add_argument("--model", help="class of the modules, if a checkpoint doesn't say: a short name or a dotted path")
+    parser.add_argument(
+        "--data", metavar="NAME", help="data module and, as --data.KEY VALUE, its arguments; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--model", help="class of the modules, if a checkpoint doesn't say: a short name or a dotted path"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--limit-batches", type=positive_int, metavar="N", help="evaluate on the first N batches")
     parser.add_argument("--latency-batch", type=positive_int, default=8, metavar="N", help="samples per timed pass (8)")
@@ -160,7 +173,10 @@ def _print(results: dict[str, Any]) -> None:
     rows = []
     for record in records:
         best = {key: (min if key in LOWER else max)(other[key] for other in records) for key in metrics}
-        marks = [f"[bold]{record[k]:.4g}[/bold]" if record[k] == best[k] and len(records) > 1 else f"{record[k]:.4g}" for k in metrics]
+        marks = [
+            f"[bold]{record[k]:.4g}[/bold]" if record[k] == best[k] and len(records) > 1 else f"{record[k]:.4g}"
+            for k in metrics
+        ]
         rows.append(
             (
                 plain(record["path"]) + (f" [dim]({record['note']})[/dim]" if "note" in record else ""),

@@ -23,13 +23,21 @@ def run(arguments: list[str]) -> None:
         LossplugError: An unreadable checkpoint, a class that can't be told, a schedule that isn't finished, a place
             that is taken or can't be written.
     """
-    parser = new_parser("export", "Fold a checkpoint's techniques and write plain dense weights with exact zeros.", EPILOG)
+    parser = new_parser(
+        "export", "Fold a checkpoint's techniques and write plain dense weights with exact zeros.", EPILOG
+    )
     parser.add_argument("checkpoint", type=Path, help="a Lightning checkpoint (.ckpt)")
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is there")
-    parser.add_argument("--model", help="class of the module, if the checkpoint doesn't say: a short name or a dotted path")
-    parser.add_argument("--network", metavar="PATH", help="the sub-module to export; found by itself where there is one")
-    parser.add_argument("--tokenizer", help="saved beside a transformers model; default: the one of the run's data; none: without")
+    parser.add_argument(
+        "--model", help="class of the module, if the checkpoint doesn't say: a short name or a dotted path"
+    )
+    parser.add_argument(
+        "--network", metavar="PATH", help="the sub-module to export; found by itself where there is one"
+    )
+    parser.add_argument(
+        "--tokenizer", help="saved beside a transformers model; default: the one of the run's data; none: without"
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
     options = parser.parse_args(arguments)
     require("lightning", "lightning", "lossplug export")
@@ -96,7 +104,9 @@ def _tokenizer(name: str | None, checkpoint: dict[str, Any]) -> Any:
     try:
         return load_tokenizer(str(name))
     except LossplugError as error:
-        raise LossplugError(error.what, where=f"tokenizer {name}", remedy="Name another --tokenizer, or --tokenizer none") from None
+        raise LossplugError(
+            error.what, where=f"tokenizer {name}", remedy="Name another --tokenizer, or --tokenizer none"
+        ) from None
 
 
 def _print(manifest: dict[str, Any]) -> None:

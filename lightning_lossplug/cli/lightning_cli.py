@@ -60,7 +60,9 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--exact_resume``."""
         FitCLI.latest = parser
-        parser.add_argument("--exact_resume", type=bool, default=True, help="Save and restore what a bit-exact resume needs.")
+        parser.add_argument(
+            "--exact_resume", type=bool, default=True, help="Save and restore what a bit-exact resume needs."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, whatever ``sys.argv`` holds."""

@@ -18,7 +18,9 @@ def run(arguments: list[str]) -> None:
         LossplugError: Neither a kind nor a family.
     """
     parser = new_parser("list", "List what has a name: losses, recipes, schedules, callbacks, models, data, configs.")
-    parser.add_argument("what", nargs="?", help="a kind (losses, recipes, callbacks ...) or a family (classification ...)")
+    parser.add_argument(
+        "what", nargs="?", help="a kind (losses, recipes, callbacks ...) or a family (classification ...)"
+    )
     parser.add_argument("--json", action="store_true", help="an array of objects with parameters and source")
     options = parser.parse_args(arguments)
     chosen = select(options.what, entries())
@@ -36,7 +38,9 @@ def _section(kind: str, found: list[Entry]) -> object:
     if kind == CONFIG:
         rows = [(f"[bold]{entry.name}[/bold]", plain(config_title(entry.name))) for entry in found]
         return table(f"{title}, for lossplug fit --recipe NAME", ["name", "what it trains"], rows)
-    columns = ["name", "family", "called as", "paper", "arXiv"] if kind == "loss" else ["name", "family", "paper", "arXiv"]
+    columns = (
+        ["name", "family", "called as", "paper", "arXiv"] if kind == "loss" else ["name", "family", "paper", "arXiv"]
+    )
     if not any(entry.paper or entry.arxiv for entry in found):
         columns = ["name", "family", "module"]
     rows = []

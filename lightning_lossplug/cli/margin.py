@@ -108,7 +108,9 @@ def draw(found: Curve, title: str, path: Path) -> None:
 
     require_writable(path)
     if path.suffix.lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
-        raise LossplugError(f"a plot can't be written as {path.suffix or 'a file without suffix'!r}", where=str(path), remedy="Use .png")
+        raise LossplugError(
+            f"a plot can't be written as {path.suffix or 'a file without suffix'!r}", where=str(path), remedy="Use .png"
+        )
     figure = Figure(figsize=(7.2, 4.2), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     axes.axhline(0, color="0.75", linewidth=0.8)

@@ -120,5 +120,10 @@ def progress() -> Any:
     """Returns a rich progress bar for a ``with`` block: ``track(iterable, total=, description=)``; silent in a pipe."""
     bars = require("rich.progress", "cli", "the lossplug command")
     out = console()
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    )
     return bars.Progress(*columns, console=out, transient=True, disable=not out.is_terminal)

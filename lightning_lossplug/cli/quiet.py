@@ -14,7 +14,13 @@ from contextlib import contextmanager
 NOISE = (
     "Seed set to",
     "Loading `train_dataloader`",
-    "GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "\nDetected Keyboard")
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡",
+    "`Trainer.fit` stopped",
+    "\nDetected Keyboard",
+)
 
 
 class _Stdout(logging.Handler):

@@ -28,7 +28,9 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("name", help="a name or alias; KIND/NAME where it has several meanings")
     parser.add_argument("--kind", help="loss, recipe, schedule, callback, model, data, config ...")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write loss and gradient over the margin (PNG)")
-    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="a parameter of the loss, for the plot")
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="a parameter of the loss, for the plot"
+    )
     parser.add_argument("--json", action="store_true", help="as an object, docstring included")
     options = parser.parse_args(arguments)
     entry = find(options.name, options.kind)
@@ -92,7 +94,10 @@ def _print_curve(out: Any, entry: Entry, parameters: dict[str, Any], plot: Path 
         low, high = float(values.min()), float(values.max())
         out.print(f"{name:<9}{margin.sparkline(values)}  {low:.3g} to {high:.3g}", markup=False)
     out.print(f"[dim]         {-reach:g} ... {reach:g}, {drawn.axis}[/dim]")
-    out.print(f"plot: {plot}" if plot else f"[dim]as PNG: lossplug show {entry.name} --plot {entry.name}.png[/dim]", soft_wrap=True)
+    out.print(
+        f"plot: {plot}" if plot else f"[dim]as PNG: lossplug show {entry.name} --plot {entry.name}.png[/dim]",
+        soft_wrap=True,
+    )
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -30,7 +30,9 @@ def clear_target(output: Path, *, overwrite: bool) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise LossplugError("the folder is not empty", where=str(output), remedy="Choose another one, or add --overwrite")
+        raise LossplugError(
+            "the folder is not empty", where=str(output), remedy="Choose another one, or add --overwrite"
+        )
     if not (output / MANIFEST).is_file():
         raise LossplugError(
             f"the folder holds files but no {MANIFEST}, so it is no artifact and won't be replaced",

@@ -18,7 +18,9 @@ from lightning_lossplug.losses.barlow_twins import BarlowTwins
 from lightning_lossplug.losses.base import ClassificationLoss, FusableLoss, LabelError, Loss
 from lightning_lossplug.losses.bias_loss import BiasLoss
 from lightning_lossplug.losses.binary import BinaryLoss
+from lightning_lossplug.losses.boxes import CIoU, DIoU
 from lightning_lossplug.losses.cape import CaPE
+from lightning_lossplug.losses.cauchy_schwarz import CauchySchwarzIB, CSDivergence
 from lightning_lossplug.losses.ccl import CCL
 from lightning_lossplug.losses.circle import Circle
 from lightning_lossplug.losses.comp_sum import GCE, MAE, CompSum
@@ -26,21 +28,34 @@ from lightning_lossplug.losses.correctness_aware import CorrectnessAware, Sample
 from lightning_lossplug.losses.cosface import CosFace
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.decoupled_softmax import DecoupledSoftmax
+from lightning_lossplug.losses.dice import Dice
+from lightning_lossplug.losses.dist2 import Dist2
+from lightning_lossplug.losses.eisl import EISL
 from lightning_lossplug.losses.ensloss import EnsLoss
+from lightning_lossplug.losses.expressive import CCIBP, MTLIBP, ExpIBP
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.ibp import IBP
 from lightning_lossplug.losses.icnn import ICNN
 from lightning_lossplug.losses.info_nce import InfoNCE
+from lightning_lossplug.losses.jaccard_metric import JaccardMetric
 from lightning_lossplug.losses.ldr_kl import LDRKL
 from lightning_lossplug.losses.legendretron import LegendreTron
+from lightning_lossplug.losses.lmse import LogMSE
 from lightning_lossplug.losses.lse_penalty import LSEPenalty
+from lightning_lossplug.losses.madl import GMADL, MADL
+from lightning_lossplug.losses.moe_bias_balancing import MoEBiasBalancing
 from lightning_lossplug.losses.normalised import NCE, NFL, NGCE, NMAE, NRCE, RCE
 from lightning_lossplug.losses.nt_xent import NTXent, NTXentAM
+from lightning_lossplug.losses.number_token import NumberToken
 from lightning_lossplug.losses.poly_loss import PolyLoss
 from lightning_lossplug.losses.proto_triplet import ProtoTriplet
+from lightning_lossplug.losses.pseudo_huber import PseudoHuber
 from lightning_lossplug.losses.siglip import SigLIP
 from lightning_lossplug.losses.sigmoid_focal import SigmoidFocal
+from lightning_lossplug.losses.sinkhorn import Sinkhorn
 from lightning_lossplug.losses.smooth_adversarial import SmoothAdversarialCompSum
 from lightning_lossplug.losses.soft_topk import SoftTopK
+from lightning_lossplug.losses.speech import CTC, RNNT
 from lightning_lossplug.losses.spherical import SphericalSoftmax, TaylorSoftmax
 from lightning_lossplug.losses.spherical_output_layer import SphericalOutputLayer
 from lightning_lossplug.losses.supcon import SupCon
@@ -58,17 +73,25 @@ if find_spec("pytorch_metric_learning") is not None:
 __all__ = [
     "ALDRKL",
     "AMCL",
+    "CCIBP",
     "CCL",
+    "CTC",
+    "EISL",
     "GCE",
+    "GMADL",
+    "IBP",
     "ICNN",
     "LDRKL",
+    "MADL",
     "MAE",
+    "MTLIBP",
     "NCE",
     "NFL",
     "NGCE",
     "NMAE",
     "NRCE",
     "RCE",
+    "RNNT",
     "TCM",
     "WMSE",
     "ActivePassive",
@@ -78,29 +101,42 @@ __all__ = [
     "BarlowTwins",
     "BiasLoss",
     "BinaryLoss",
+    "CIoU",
+    "CSDivergence",
     "CaPE",
+    "CauchySchwarzIB",
     "Circle",
     "ClassificationLoss",
     "CompSum",
     "CorrectnessAware",
     "CosFace",
     "CrossEntropy",
+    "DIoU",
     "DecoupledSoftmax",
+    "Dice",
+    "Dist2",
     "EnsLoss",
+    "ExpIBP",
     "Focal",
     "FusableLoss",
     "InfoNCE",
+    "JaccardMetric",
     "LSEPenalty",
     "LabelError",
     "LegendreTron",
+    "LogMSE",
     "Loss",
+    "MoEBiasBalancing",
     "NTXent",
     "NTXentAM",
+    "NumberToken",
     "PolyLoss",
     "ProtoTriplet",
+    "PseudoHuber",
     "SampleTemperature",
     "SigLIP",
     "SigmoidFocal",
+    "Sinkhorn",
     "SmoothAdversarialCompSum",
     "SoftTopK",
     "SphericalOutputLayer",

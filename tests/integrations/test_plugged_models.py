@@ -56,7 +56,9 @@ def train(model, batch, **options):
     ("config", "layer", "axis"), [(LLAMA, "model.layers.0.mlp.up_proj", 1), (GPT2, "transformer.h.0.mlp.c_fc", 0)]
 )
 def test_transformers_saves_and_loads_what_it_knows(config, layer, axis, tmp_path):
-    module = train(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), n=1, m=4, include=["*.mlp.*"])
+    module = train(
+        AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), n=1, m=4, include=["*.mlp.*"]
+    )
     weight = module.model.get_submodule(layer).weight.detach()
     groups = weight.movedim(axis, -1).reshape(-1, 4)
     assert torch.equal((groups != 0).sum(1), torch.ones(len(groups), dtype=torch.long))
