@@ -26,9 +26,12 @@ def run(arguments: list[str]) -> None:
         LossplugError: A missing optional package, or an output folder that can't be written.
     """
     parser = new_parser(
-        "demo", "Train a small timm vision transformer on scikit-learn's digits: dense, 2:4 and 1:16; compare and export."
+        "demo",
+        "Train a small timm vision transformer on scikit-learn's digits: dense, 2:4 and 1:16; compare and export.",
     )
-    parser.add_argument("--output", "-o", type=Path, default=Path("lossplug_demo"), metavar="DIR", help="default: lossplug_demo")
+    parser.add_argument(
+        "--output", "-o", type=Path, default=Path("lossplug_demo"), metavar="DIR", help="default: lossplug_demo"
+    )
     parser.add_argument("--epochs", type=positive_int, default=25, help="passes over the data per run (25)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and split (0)")
     options = parser.parse_args(arguments)
@@ -59,11 +62,15 @@ def _train(options: Any) -> list[Outcome]:
         for variant in VARIANTS:
             task = bar.add_task(f"{variant.name:<18}", total=None)
 
-            def report(step: int, total: int, accuracy: float | None, task: Any = task, name: str = variant.name) -> None:
+            def report(
+                step: int, total: int, accuracy: float | None, task: Any = task, name: str = variant.name
+            ) -> None:
                 shown = f"{name:<18}" + ("" if accuracy is None else f" accuracy {accuracy:6.1%}")
                 bar.update(task, completed=step, total=total, description=shown)
 
-            outcomes.append(train(variant, epochs=options.epochs, seed=options.seed, root=options.output, report=report))
+            outcomes.append(
+                train(variant, epochs=options.epochs, seed=options.seed, root=options.output, report=report)
+            )
     return outcomes
 
 
@@ -80,7 +87,12 @@ def _export(outcome: Outcome, folder: Path) -> dict[str, Any]:
     data.setup("test")
     preprocessing = {"mean": [data.mean], "std": [data.std], "crop_pct": 1.0, "interpolation": "bilinear"}
     export_artifact(
-        outcome.module, folder, techniques=outcome.techniques, overwrite=True, data_config=preprocessing, source="lossplug demo"
+        outcome.module,
+        folder,
+        techniques=outcome.techniques,
+        overwrite=True,
+        data_config=preprocessing,
+        source="lossplug demo",
     )
     x, y = next(iter(data.test_dataloader()))
     with torch.inference_mode():
@@ -131,7 +143,8 @@ def _finish(outcomes: Sequence[Outcome], loaded: dict[str, Any], options: Any, s
     out.print()
     out.print(f"picture   {output / PICTURE}\nnumbers   {output / RESULTS}", markup=False, soft_wrap=True)
     out.print(
-        f"artifact  {output / ARTIFACT} ({outcomes[-1].variant.name}), loaded by timm in a process without lightning_lossplug: "
+        f"artifact  {output / ARTIFACT} ({outcomes[-1].variant.name})\n"
+        "          loaded by timm in a process that can't import this package: "
         f"{loaded['tensors']} tensors, strict keys, largest difference of the logits {loaded['max_difference']:.1g}",
         markup=False,
         soft_wrap=True,

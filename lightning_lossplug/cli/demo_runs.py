@@ -1,4 +1,4 @@
-"""The runs of ``lossplug demo``: one small vision transformer, trained dense and compressed on scikit-learn's digits."""
+"""The runs of ``lossplug demo``: a small vision transformer on scikit-learn's digits, dense and compressed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ class Recorder(Callback):
     def _clock(trainer: Trainer) -> float:
         return time.process_time() if trainer.strategy.root_device.type == "cpu" else time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stops it, and asks the techniques where they stand."""
         self.times.append(self._clock(trainer) - self._started)
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
@@ -118,7 +120,9 @@ class Recorder(Callback):
             self.curves["accuracy"].append((trainer.global_step, float(trainer.callback_metrics["val_accuracy"])))
 
 
-def train(variant: Variant, *, epochs: int, seed: int, root: Path, report: Callable[[int, int, float | None], None]) -> Outcome:
+def train(
+    variant: Variant, *, epochs: int, seed: int, root: Path, report: Callable[[int, int, float | None], None]
+) -> Outcome:
     """Trains one variant with an ordinary Trainer and tests it.
 
     Args:
@@ -153,7 +157,7 @@ def train(variant: Variant, *, epochs: int, seed: int, root: Path, report: Calla
     techniques = [callback.technique for callback in callbacks if isinstance(callback, TechniqueCallback)]
     module.cpu().eval()
     groups = {name.removeprefix("model."): layer.m for name, layer in nm_layers(techniques).items()}
-    network = fold(module).model
+    network = fold(module).get_submodule("model")
     matrices = {name: p for name, p in network.named_parameters() if p.ndim >= 2 and name.endswith("weight")}
     return Outcome(
         variant,
