@@ -130,13 +130,15 @@ def weight_numbers(network: nn.Module, groups: dict[str, int]) -> dict[str, floa
 
 
 def task_metrics(network: nn.Module, batches: Iterable[Any], device: str = "cpu") -> dict[str, float]:
-    """Returns accuracy, calibration error (L1, 15 bins) and negative log-likelihood of a classifier; negative
-    log-likelihood and perplexity of a language model.
+    """Measures a classifier or a language model.
 
     Args:
         network: In evaluation mode.
         batches: ``(x, y)``, or dicts; with ``input_ids`` it is a language model.
         device: Where it runs.
+
+    Returns:
+        ``accuracy``, ``calibration_error`` (L1, 15 bins) and ``nll``; of a language model ``nll`` and ``perplexity``.
 
     Raises:
         LossplugError: No batch, or one of another form.

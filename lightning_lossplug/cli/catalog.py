@@ -104,6 +104,40 @@ def docstring(entry: Entry) -> str:
     return inspect.getdoc(entry.load()) or ""
 
 
+def descriptions(entry: Entry) -> dict[str, str]:
+    """Returns what the docstrings of a class and its bases (or of a function) say about the arguments."""
+    factory = entry.load()
+    found: dict[str, str] = {}
+    for owner in reversed(inspect.getmro(factory) if isinstance(factory, type) else (factory,)):
+        found.update(split_docstring(readable(inspect.cleandoc(owner.__doc__ or "")))[1])
+    return found
+
+
+SYMBOLS = {
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "theta": "θ", "kappa": "κ",
+    "lambda": "λ", "mu": "μ", "nu": "ν", "pi": "π", "rho": "ρ", "sigma": "σ", "tau": "τ", "phi": "φ", "psi": "ψ",
+    "omega": "ω", "Phi": "Φ", "Delta": "Δ", "Omega": "Ω", "sum": "Σ", "prod": "Π", "cdot": "·", "times": "×", "le": "≤",
+    "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "in": "∈", "to": "→", "infty": "∞", "partial": "∂",
+    "ldots": "…", "dots": "…", "cdots": "…", "odot": "⊙", "approx": "≈", "quad": " ", "ell": "ℓ", "pm": "±",
+    "propto": "∝", "nabla": "∇", "top": "ᵀ", "|": "‖", "lVert": "‖", "rVert": "‖", "big": "", "Big": "", "bigl": "", "bigr": "",
+    "Bigl": "", "Bigr": "", "left": "", "right": "", "mathrm": "", "mathbf": "", "text": "", "operatorname": "",
+}  # fmt: skip
+
+
+def readable(text: str) -> str:
+    """Returns a docstring for a terminal: without reStructuredText marks, LaTeX symbols as characters."""
+
+    def formula(match: re.Match[str]) -> str:
+        inner = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)", match.group(1))
+        inner = re.sub(r"\\[,;! ]", " ", inner)
+        inner = re.sub(r"\\([A-Za-z]+|\|) ?", lambda m: SYMBOLS.get(m.group(1), m.group(1) + " "), inner)
+        return re.sub(r"\{([^{}])\}", r"\1", inner)
+
+    text = re.sub(r":math:`([^`]*)`", formula, text)
+    text = re.sub(r":(?:class|func|meth|mod|attr):`~?([^`]*)`", r"\1", text)
+    return text.replace("``", "")
+
+
 def split_docstring(text: str) -> tuple[str, dict[str, str]]:
     """Splits a Google-style docstring into its text without ``Args:`` and the descriptions of the arguments."""
     match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lightning_lossplug.cli.arguments import new_parser, positive_int
-from lightning_lossplug.cli.fit import argument_errors, import_named, short_names
+from lightning_lossplug.cli.fit import import_named, short_names
 from lightning_lossplug.cli.output import (
     bytes_text,
     console,
@@ -104,7 +105,7 @@ def parse_data(arguments: list[str]) -> Any:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     try:
         return parser.instantiate_classes(parser.parse_args(arguments)).data
-    except (ValueError, TypeError, *argument_errors()) as error:
+    except (ValueError, TypeError, ArgumentError) as error:
         raise condense(error, ["data"], short_names()) from error
 
 
@@ -192,6 +193,6 @@ def _print(results: dict[str, Any]) -> None:
     out = console()
     out.print(table(f"{results['data']}, {results['batches']} test batches", columns, rows, right=columns[1:]))
     out.print(
-        f"[dim]weights: dense bytes; nominal: values of nonzeros and their positions; latency: median of "
-        f"{results['latency_rounds']} interleaved passes of {results['latency_batch']} samples on {results['device']}[/dim]"
+        "[dim]weights: dense bytes; nominal: nonzero values and their positions; latency: median of "
+        f"{results['latency_rounds']} interleaved passes of {results['latency_batch']} samples[/dim]"
     )

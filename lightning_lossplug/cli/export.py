@@ -10,7 +10,7 @@ from lightning_lossplug.cli.arguments import new_parser
 from lightning_lossplug.cli.output import bytes_text, console, plain, table, to_json
 from lightning_lossplug.errors import LossplugError, require
 
-EPILOG = """The folder holds model.safetensors, config.json (timm, transformers) and lossplug.json (patterns, sizes, versions):
+EPILOG = """The folder holds model.safetensors, config.json (timm, transformers) and lossplug.json (patterns, sizes):
   timm          timm.create_model("local-dir:DIR", pretrained=True)
   transformers  AutoModelForCausalLM.from_pretrained("DIR")
   others        model.load_state_dict(safetensors.torch.load_file("DIR/model.safetensors"))"""

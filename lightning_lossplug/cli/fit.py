@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,14 @@ def run(arguments: list[str]) -> None:
 
         try:
             cli = FitCLI.parse(arguments)
-        except LossplugError:
-            raise
-        except SystemExit:
-            raise
-        except (ValueError, TypeError, MisconfigurationException, *argument_errors()) as error:
+        except (ValueError, TypeError, MisconfigurationException, ArgumentError) as error:
             raise condense(error, FitCLI.known_options(), short_names()) from error
         started = time.perf_counter()
         try:
             cli.train()
         except MisconfigurationException as error:
             raise LossplugError(" ".join(str(error).split())) from error
-        report(cli, time.perf_counter() - started)
-
-
-def argument_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions jsonargparse raises for wrong arguments."""
-    return (require("jsonargparse", "cli", "lossplug fit").ArgumentError,)
+        report(cli, arguments, time.perf_counter() - started)
 
 
 def expand_recipes(arguments: list[str]) -> list[str]:
@@ -76,8 +67,9 @@ def expand_recipes(arguments: list[str]) -> list[str]:
 
 
 def import_named(arguments: list[str]) -> None:
-    """Imports the registered models, data modules and callbacks that the arguments name; a class has to be imported
-    for its short name to be known.
+    """Imports the registered models, data modules and callbacks that the arguments name.
+
+    A class has to be imported for its short name to be known.
 
     Raises:
         LossplugError: A named one lacks its optional package.
@@ -113,7 +105,7 @@ def short_names() -> dict[str, list[str]]:
     return names
 
 
-def report(cli: Any, seconds: float) -> None:
+def report(cli: Any, arguments: list[str], seconds: float) -> None:
     """Prints what came out, and writes it as ``results.json`` beside the run's logs."""
     trainer = cli.trainer
     if not trainer.is_global_zero:
@@ -127,7 +119,7 @@ def report(cli: Any, seconds: float) -> None:
         "seconds": round(seconds, 2),
         "metrics": metrics,
         "checkpoint": best or None,
-        "arguments": sys.argv[1:],
+        "arguments": arguments,
     }
     rows = [(plain(name), f"{value:.4g}") for name, value in metrics.items()]
     out = console()

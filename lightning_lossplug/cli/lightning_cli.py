@@ -16,8 +16,8 @@ from lightning_lossplug.registry import registry
 
 ROOT = "lossplug_runs"
 DESCRIPTION = (
-    "Train by configuration. --recipe NAME takes a packaged one (lossplug list configs); models, data and callbacks go by "
-    "short names (lossplug list): --model ImageClassifier --data DigitsData --trainer.callbacks+=NMSparsity"
+    "Train by configuration. --recipe NAME takes a packaged one (lossplug list configs); models, data and callbacks "
+    "have short names (lossplug list): --model ImageClassifier --data DigitsData --trainer.callbacks+=NMSparsity"
 )
 KEYWORDS = ("best", "last", "hpc", "registry")  # what the Trainer takes for ckpt_path besides a file
 

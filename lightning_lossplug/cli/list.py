@@ -36,14 +36,14 @@ def run(arguments: list[str]) -> None:
 def _section(kind: str, found: list[Entry]) -> object:
     title = f"{plural(kind)} ({len(found)})"
     if kind == CONFIG:
-        rows = [(f"[bold]{entry.name}[/bold]", plain(config_title(entry.name))) for entry in found]
-        return table(f"{title}, for lossplug fit --recipe NAME", ["name", "what it trains"], rows)
+        configs = [(f"[bold]{entry.name}[/bold]", plain(config_title(entry.name))) for entry in found]
+        return table(f"{title}, for lossplug fit --recipe NAME", ["name", "what it trains"], configs)
     columns = (
         ["name", "family", "called as", "paper", "arXiv"] if kind == "loss" else ["name", "family", "paper", "arXiv"]
     )
     if not any(entry.paper or entry.arxiv for entry in found):
         columns = ["name", "family", "module"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for entry in found:
         names = f"[bold]{entry.name}[/bold]" + (f" [dim]({', '.join(entry.aliases)})[/dim]" if entry.aliases else "")
         link = f"[link=https://arxiv.org/abs/{entry.arxiv}]{entry.arxiv}[/link]" if entry.arxiv else ""
@@ -56,4 +56,4 @@ def _section(kind: str, found: list[Entry]) -> object:
             "module": entry.module,
         }
         rows.append(tuple(cells[column] for column in columns))
-    return table(title, columns, rows)
+    return table(title, columns, rows, cut=["paper"])

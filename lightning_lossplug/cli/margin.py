@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ def curve(entry: Entry, parameters: dict[str, Any], *, points: int = 241, reach:
         raise LossplugError(f"loss {entry.name!r} needs {', '.join(missing)}", remedy=f"Add --set {missing[0]}=VALUE")
     if "reduction" in names:
         given["reduction"] = "none"
-    loss = registry.create("loss", entry.name, **given).double().eval()
     x = torch.linspace(-reach, reach, points, dtype=torch.float64, requires_grad=True)
-    rows = _call(loss, str(entry.signature), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about training, which this is not
+        rows = _call(registry.create("loss", entry.name, **given).double().eval(), str(entry.signature), x)
     if rows.shape[:1] != x.shape:
         raise LossplugError(f"loss {entry.name!r} gives one value for a whole batch, so it has no curve of its own")
     rows = rows.reshape(points, -1).sum(1)

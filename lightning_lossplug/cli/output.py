@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_lossplug.errors import LossplugError, require
 
-PIPE_WIDTH = 140  # columns when the output is no terminal
+PIPE_WIDTH = 200  # columns when the output is no terminal
 
 
 def console() -> Any:
@@ -28,7 +28,14 @@ def console() -> Any:
     return found
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Any:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    cut: Sequence[str] = (),
+) -> Any:
     """Returns a rich table.
 
     Args:
@@ -36,6 +43,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         columns: Headers; all empty for none.
         rows: Cells, as text with rich markup.
         right: Headers of the columns that are numbers.
+        cut: Headers of the columns whose cells are cut off rather than wrapped.
     """
     box = require("rich.box", "cli", "the lossplug command")
     made = require("rich.table", "cli", "the lossplug command").Table(
@@ -43,7 +51,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     )
     made.show_header = any(columns)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="ellipsis" if column in cut else "fold",
+            no_wrap=column in cut,
+        )
     for row in rows:
         made.add_row(*row)
     return made

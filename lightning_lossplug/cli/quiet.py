@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 NOISE = (
     "Seed set to",
@@ -60,5 +61,12 @@ def lightning_output(level: int = logging.INFO) -> Iterator[None]:
                 logger.setLevel(old)
 
 
-def _show(message: Warning | str, *place: object) -> None:
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stdout, flush=True)

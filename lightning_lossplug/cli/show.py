@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lossplug.cli.arguments import new_parser
-from lightning_lossplug.cli.catalog import CONFIG, docstring, find, record, split_docstring
+from lightning_lossplug.cli.catalog import CONFIG, descriptions, docstring, find, readable, record, split_docstring
 from lightning_lossplug.cli.output import console, plain, table, to_json
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.recipes import config_path
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
 
 def _print(entry: Entry, parameters: dict[str, Any], plot: Path | None, drawn: Any) -> None:
     out = console()
-    text, described = split_docstring(docstring(entry))
+    text, _ = split_docstring(readable(docstring(entry)))
     also = f"  [dim]also {', '.join(entry.aliases)}[/dim]" if entry.aliases else ""
     out.print(f"[bold]{entry.name}[/bold]  [dim]{entry.kind}, {entry.family}[/dim]{also}\n")
     out.print(text, markup=False)
@@ -59,12 +59,13 @@ def _print(entry: Entry, parameters: dict[str, Any], plot: Path | None, drawn: A
         out.print(syntax(config_path(entry.name).read_text(encoding="utf-8"), "yaml", background_color="default"))
         out.print(f"[dim]lossplug fit --recipe {entry.name}[/dim]")
         return
+    described = descriptions(entry)
     rows = [
         (
             f"[bold]{p.name}[/bold]",
             "[dim]required[/dim]" if p.required else plain(repr(p.default)),
             plain(p.annotation),
-            plain(described.get(p.name, described.get(f"{p.name}_", "")).replace("``", "")),
+            plain(described.get(p.name, described.get(f"{p.name}_", ""))),
         )
         for p in entry.parameters()
     ]

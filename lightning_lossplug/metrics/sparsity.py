@@ -13,7 +13,7 @@ from lightning_lossplug.metrics.counts import compliant_groups, zeros
 
 class _Share(Metric):
     is_differentiable = False
-    higher_is_better = None
+    higher_is_better: bool | None = None
     full_state_update = False
 
     hits: Tensor

@@ -74,6 +74,10 @@ class NMSettings:
         if self.total_steps is not None and self.total_steps < 1:
             raise LossplugError(f"total_steps is {self.total_steps}, allowed is >= 1", where="NMSparsity")
         for n, m in self.patterns().values():
+            if n == m:  # a recipe may stand still at N = M; asking for it by name is a slip
+                raise LossplugError(
+                    f"{n}:{m} keeps every weight", where="NMSparsity", remedy="Choose N < M, for example 2:4"
+                )
             self.build_recipe(n, m)  # a wrong value is an error now, not when the Trainer starts
 
     def patterns(self) -> dict[str, tuple[int, int]]:
