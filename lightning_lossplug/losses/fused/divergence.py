@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.fused.blocks import block_rows, capped
-from lightning_lossplug.losses.fused.gradients import HeadGradients, narrowed, row_logits
+from lightning_lossplug.losses.fused.gradients import HeadGradients, narrowed, row_logits, scalar
 from lightning_lossplug.losses.fused.linear import spread, whole
 from lightning_lossplug.losses.fused.precision import product_dtype, statistics_dtype
 from lightning_lossplug.losses.fused.rows import chunk_rows
@@ -97,6 +97,8 @@ def _walk(
                 a[block] = slope
         if gradients is not None and scale is not None:
             gradients.add(part, a, scale=scale[part] / how.temperature)
+    if gradients is not None:
+        gradients.close()
     return value, gradients
 
 
@@ -117,24 +119,21 @@ class _DivergenceTotal(torch.autograd.Function):
         rows, gradients = _walk(student, teacher, how, scale, ctx.needs_input_grad)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.rest = (student.softcap, student.dtype, teacher, how, scale)
-        ctx.gradients = None if gradients is None else gradients.finished(bias)
+        ctx.gradients = gradients
         return (rows.double() @ scale.double()).to(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients: HeadGradients | None = ctx.gradients
+        ctx.gradients = None
         if gradients is None:
             hidden, weight, bias = ctx.saved_tensors
             softcap, dtype, teacher, how, scale = ctx.rest
             student = Head(hidden, weight, bias, softcap, dtype)
             with torch.autocast(hidden.device.type, enabled=False):
-                _, again = _walk(student, teacher, how, scale, ctx.needs_input_grad)
-            gradients = again.finished(bias)  # type: ignore[union-attr]
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(upstream)
-        return (*gradients, None, None, None, None)
+                _, gradients = _walk(student, teacher, how, scale, ctx.needs_input_grad)
+        return (*gradients.times(scalar(upstream)), None, None, None, None)  # type: ignore[union-attr]
 
 
 class _DivergenceRows(torch.autograd.Function):
@@ -156,7 +155,7 @@ class _DivergenceRows(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             student = Head(hidden, weight, bias, softcap, dtype)
             _, gradients = _walk(student, teacher, how, upstream, ctx.needs_input_grad)
-        return (*gradients.finished(bias), None, None, None)  # type: ignore[union-attr]
+        return (*gradients.times(None), None, None, None)  # type: ignore[union-attr]
 
 
 @torch.compiler.disable

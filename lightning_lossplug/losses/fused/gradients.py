@@ -39,10 +39,10 @@ class HeadGradients:
         u: Tensor | None,
     ) -> None:
         self.source, self.weight, self.dtype, self.exact = hidden, factor, dtype, statistics_dtype(dtype)
-        self.result_dtype = weight.dtype
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         wide = torch.promote_types(self.exact, weight.dtype)
-        self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.matrix = torch.empty(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=self.exact) if needed[0] else None
+        self.matrix = weight.new_empty(weight.shape, dtype=wide) if needed[1] else None
         self.bias = hidden.new_zeros(weight.shape[0], dtype=self.exact) if needed[2] and bias is not None else None
         self.u = u
         self._u_weight: Tensor | None = None
@@ -88,17 +88,23 @@ class HeadGradients:
         if self.bias is not None and y is not None and label is not None:
             self.bias.index_add_(0, y, label)
 
-    def finished(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns the three gradients in the dtypes of their tensors."""
-        matrix = self.matrix
-        if matrix is not None and self._has_constant:
-            u = matrix.new_ones(matrix.shape[0]) if self.u is None else self.u.to(matrix.dtype)
-            matrix.addr_(u, self._constant.to(matrix.dtype))
-        return (
-            self.hidden,
-            None if matrix is None else matrix.to(self.result_dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
-        )
+    def close(self) -> None:
+        """Adds what is left after the last chunk and lets go of hidden states and classifier."""
+        if self.matrix is not None and self._has_constant:
+            u = self.matrix.new_ones(self.matrix.shape[0]) if self.u is None else self.u.to(self.matrix.dtype)
+            self.matrix.addr_(u, self._constant.to(self.matrix.dtype))
+        del self.source, self.weight, self.u, self._u_weight
+
+    def times(self, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the three gradients times a scalar, in the dtypes of their tensors; to be called once."""
+        found: list[Tensor | None] = [self.hidden, self.matrix, self.bias]
+        self.hidden = self.matrix = self.bias = None
+        for i, dtype in enumerate(self.dtypes):
+            gradient = found[i]
+            if gradient is not None and dtype is not None:
+                gradient = gradient if upstream is None else gradient.mul_(upstream)
+                found[i] = gradient.to(dtype)
+        return tuple(found)
 
     def _times_weight(self, z: Tensor) -> Tensor:
         if self.weight.dtype == z.dtype:
@@ -160,3 +166,8 @@ def row_logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
 def _tiles(weight: Tensor) -> Iterator[slice]:
     for start in range(0, weight.shape[0], WEIGHT_TILE):
         yield slice(start, min(start + WEIGHT_TILE, weight.shape[0]))
+
+
+def scalar(upstream: Tensor) -> Tensor | None:
+    """Returns an upstream gradient, or None where it is known to be 1 (looking costs a synchronisation on a GPU)."""
+    return None if upstream.device.type == "cpu" and upstream.item() == 1 else upstream

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_lossplug.losses.fused.blocks import Scratch, Tile, reduce_tile, softmax_rows, write_gradient
-from lightning_lossplug.losses.fused.gradients import HeadGradients, narrowed, row_logits
+from lightning_lossplug.losses.fused.gradients import HeadGradients, narrowed, row_logits, scalar
 from lightning_lossplug.losses.fused.objective import Objective
 from lightning_lossplug.losses.fused.precision import product_dtype, statistics_dtype
 from lightning_lossplug.losses.fused.tiles import tiled_stats
@@ -76,23 +76,18 @@ class _RowChunks(torch.autograd.Function):
                 label = write_gradient(z, tile, lse, lse, grads, scratch, gradients.bias)
                 slope = 1 if softcap is None else 1 - (target / softcap).square()
                 gradients.add(part, z, y, label + by_target * slope)
-        del chunk, scratch, z
+        gradients.close()
         ctx.save_for_backward(hidden, weight, bias)
         ctx.objective, ctx.factor, ctx.softcap, ctx.dtype = objective, factor, softcap, dtype
-        ctx.gradients = gradients.finished(bias)
+        ctx.gradients = gradients
         return (value * factor.double()).to(exact)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # handed over, not kept: .grad then takes them without a copy
-        if gradients is None:
-            gradients = _again(ctx, upstream)
-        elif upstream.device.type != "cpu" or upstream.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(upstream)
-        return (*gradients, None, None, None, None, None)
+        found = _again(ctx, upstream) if gradients is None else gradients.times(scalar(upstream))
+        return (*found, None, None, None, None, None)
 
 
 def _again(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
