@@ -34,6 +34,7 @@ from lightning_lossplug.losses.eisl import EISL
 from lightning_lossplug.losses.ensloss import EnsLoss
 from lightning_lossplug.losses.expressive import CCIBP, MTLIBP, ExpIBP
 from lightning_lossplug.losses.focal import Focal
+from lightning_lossplug.losses.fused import LinearCrossEntropy, fused_linear
 from lightning_lossplug.losses.ibp import IBP
 from lightning_lossplug.losses.icnn import ICNN
 from lightning_lossplug.losses.info_nce import InfoNCE
@@ -124,6 +125,7 @@ __all__ = [
     "LSEPenalty",
     "LabelError",
     "LegendreTron",
+    "LinearCrossEntropy",
     "LogMSE",
     "Loss",
     "MoEBiasBalancing",
@@ -148,6 +150,7 @@ __all__ = [
     "TiledContrastive",
     "ZLoss",
     "create",
+    "fused_linear",
 ]
 
 

@@ -205,6 +205,15 @@ class FusableLoss(ClassificationLoss):
         """Row losses through the statistics of materialised logits."""
         return self.from_stats(logit_stats(z, y, self.needs))
 
+    def sum_weights(self, weight: Tensor | None) -> Tensor | None:
+        """Returns the ``u`` [C] of the statistic ``sum`` under class weights; None: ones."""
+        return None
+
+    def weighted_from_stats(self, stats: LogitStats, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Row losses times the weight of their class; losses that weight every class override it."""
+        rows = self.from_stats(stats)
+        return rows if weight is None else rows * weight[y]
+
 
 def flatten_logits(logits: Tensor, target: Tensor, soft: bool, name: str) -> tuple[Tensor, int]:
     """Returns logits as rows [R, C] and the dimension that held the classes.

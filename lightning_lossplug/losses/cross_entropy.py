@@ -60,6 +60,19 @@ class CrossEntropy(FusableLoss):
         uniform = stats.lse - stats.needed("sum") / stats.classes
         return (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
 
+    def sum_weights(self, weight: Tensor | None) -> Tensor | None:
+        """The smoothing part weighs every class."""
+        return weight
+
+    def weighted_from_stats(self, stats: LogitStats, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Rows with class weights, the smoothing part from the weighted sum of the logits."""
+        if weight is None:
+            return self.from_stats(stats)
+        rows = (1 - self.label_smoothing) * weight[y] * (stats.lse - stats.target)
+        if self.label_smoothing == 0:
+            return rows
+        return rows + self.label_smoothing / stats.classes * (weight.sum() * stats.lse - stats.needed("sum"))
+
     def weighted_rows(self, z: Tensor, y: Tensor, weight: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Rows of materialised logits: torch's own kernel."""
         return F.cross_entropy(z, y, weight, reduction="none", label_smoothing=self.label_smoothing)

@@ -42,7 +42,10 @@ def _piece_size(device: torch.device) -> int:
         return _UNSPLIT
     return min(1 << 21, threads << 19)
 
-FORCE=None
+
+FORCE = None
+
+
 def _busy() -> bool:
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.25 * (os.cpu_count() or 1)
 
@@ -52,14 +55,21 @@ class _ByRank:
         self.shape = piece.shape
         m, size = piece.shape[1], piece.numel()
         word = {2: torch.int16, 4: torch.int32}[m]
-        def new(count, dtype): return torch.empty(count, dtype=dtype, device=piece.device)
+
+        def new(count, dtype):
+            return torch.empty(count, dtype=dtype, device=piece.device)
 
         def lanes(values: list[int]) -> Tensor:
             total = sum(value << (8 * lane) for lane, value in enumerate(values)) % (1 << 8 * m)
             return torch.tensor(total - (1 << 8 * m) if total >> (8 * m - 1) else total, dtype=word)
 
         keys = new(size + m, piece.dtype).zero_()
-        self._keys, self._beats, self._bytes, self._wins = keys[:size], new(size, piece.dtype), new(size, torch.uint8), new(size // m, word)
+        self._keys, self._beats, self._bytes, self._wins = (
+            keys[:size],
+            new(size, piece.dtype),
+            new(size, torch.uint8),
+            new(size // m, word),
+        )
         self._pairs = self._bytes.view(word)
         self._magnitude = torch.tensor(torch.iinfo(piece.dtype).max, dtype=piece.dtype)
         self._top = torch.tensor((m - 1).bit_length(), dtype=word)
@@ -69,7 +79,7 @@ class _ByRank:
         self._shifts = [
             (keys[s : s + size], lanes([1] * (m - s)), int(lanes([1] + [0] * (s - 1) + [-1]))) for s in range(1, m)
         ]
-        self._word=word
+        self._word = word
 
     def __call__(self, piece: Tensor, out: Tensor) -> None:
         torch.bitwise_and(piece.view(-1), self._magnitude, out=self._keys)
@@ -105,15 +115,15 @@ class _ByThreshold:
         shape = piece.permute(2, 1, 0).shape if self._transposed else piece.shape
         self._keys, self._keep = (torch.empty(shape, dtype=piece.dtype, device=piece.device) for _ in range(2))
         self._words = self._transposed and m == 8 and _LITTLE_ENDIAN
-        if self._k==1:
-            self._threshold = torch.empty(shape[0],1,shape[2], dtype=piece.dtype, device=piece.device)
+        if self._k == 1:
+            self._threshold = torch.empty(shape[0], 1, shape[2], dtype=piece.dtype, device=piece.device)
         else:
             self._network = _Network(self._keys, self._k, self._order)
-            self._threshold = self._network.result.view(shape[0],1,shape[2])
+            self._threshold = self._network.result.view(shape[0], 1, shape[2])
 
     def __call__(self, piece: Tensor, out: Tensor) -> None:
         if self._transposed:
-            torch.bitwise_and(piece.permute(2,1,0), self._magnitude, out=self._keys)
+            torch.bitwise_and(piece.permute(2, 1, 0), self._magnitude, out=self._keys)
         else:
             torch.bitwise_and(piece, self._magnitude, out=self._keys)
         if self._k == 1:
@@ -143,7 +153,9 @@ class _Network:
             table = keys[0]
         else:
             spare[1][m:] = -1 if order is _LARGEST else torch.iinfo(keys.dtype).max
-            self.steps.append((torch.bitwise_and, keys.movedim(1, 0), self._nothing, spare[1][:m].view(m, groups, inner)))
+            self.steps.append(
+                (torch.bitwise_and, keys.movedim(1, 0), self._nothing, spare[1][:m].view(m, groups, inner))
+            )
             table = spare[1]
 
         def merge(table: Tensor, run: int) -> Tensor:

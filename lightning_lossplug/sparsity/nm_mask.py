@@ -67,6 +67,9 @@ def nm_mask(
     source = saliency.contiguous()
     mask = torch.empty(source.shape, dtype=torch.bool, device=source.device)
     grouped = (source.shape[:axis].numel() * (length // m), m, source.shape[axis + 1 :].numel())
+    if torch.compiler.is_compiling():  # a compiler fuses the definition; it can't follow the cache-sized pieces
+        order = source.view(grouped).abs().argsort(dim=1, descending=True, stable=True)[:, :n]
+        return torch.zeros(grouped, dtype=torch.bool, device=source.device).scatter(1, order, True).view(source.shape)
     fill_mask(source.view(grouped), n, mask.view(grouped))
     return mask
 

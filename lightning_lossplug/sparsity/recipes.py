@@ -64,7 +64,6 @@ class Recipe(ABC):
     frozen_mask: ClassVar[bool] = False  # the first mask stays; pruned weights, gradients and moments are zero
     penalty: ClassVar[float] = 0.0  # strength of the pull on pruned weights
     penalty_decoupled: ClassVar[bool] = False
-    grad_mode: ClassVar[str] = "ste"
 
     n: int = 2
     m: int = 4
@@ -257,7 +256,7 @@ class MdGf(PhasedRecipe):
 
     decay_rate: float | None = None
     decay_end: float = 0.7
-    grad_mode: str = "ste"  # type: ignore[misc]
+    grad_mode: str = "ste"
 
     def __post_init__(self) -> None:
         super().__post_init__()

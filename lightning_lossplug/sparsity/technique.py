@@ -181,7 +181,7 @@ class NMTechnique(Technique[NMSettings]):
             if known is not None and known.candidate.layer is candidate.layer:
                 continue
             recipe = recipe_for(candidate)
-            transform = NMTransform(latent(candidate.layer, candidate.parameter), recipe.grad_mode)
+            transform = NMTransform(latent(candidate.layer, candidate.parameter), getattr(recipe, "grad_mode", "ste"))
             plug(candidate.layer, transform, parameter=candidate.parameter, where=candidate.name)
             self.layers[candidate.name] = _Layer(candidate, recipe)
         return selection

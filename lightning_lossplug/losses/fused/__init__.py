@@ -1,0 +1,8 @@
+"""Losses of a linear head that never holds its logits."""
+
+from lightning_lossplug.losses.fused.divergence import fused_linear_divergence
+from lightning_lossplug.losses.fused.linear import fused_linear
+from lightning_lossplug.losses.fused.linear_cross_entropy import LinearCrossEntropy
+from lightning_lossplug.losses.fused.tiles import linear_stats
+
+__all__ = ["LinearCrossEntropy", "fused_linear", "fused_linear_divergence", "linear_stats"]
