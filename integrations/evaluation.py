@@ -172,7 +172,7 @@ class _Classification:
         from lightning_lossplug.integrations.vision import images_and_labels
 
         x, y = images_and_labels(batch)
-        logits = logits_of(network(x.to(device))).float().cpu()
+        logits = _logits(network, x.to(device)).float().cpu()
         if self.metrics is None:
             classes = logits.shape[1]
             self.metrics = (
@@ -199,7 +199,7 @@ class _Language:
 
         labels = labels_of(batch)[:, 1:].to(device)
         given = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
-        logits = logits_of(network(**given))[:, :-1]
+        logits = _logits(network, **given)[:, :-1]
         for row, target in zip(logits, labels, strict=True):  # one sequence at a time bounds the float32 copy
             self.nll += torch.nn.functional.cross_entropy(row.float(), target, reduction="sum").double().cpu()
         self.count += int((labels != -100).sum())
@@ -209,8 +209,15 @@ class _Language:
         return {"nll": float(nll), "perplexity": float(nll.exp())}
 
 
-def logits_of(output: Any) -> Tensor:
-    """Returns the logits of a model's output: the tensor, or its ``logits``."""
+def _logits(network: nn.Module, *arguments: Tensor, **given: Tensor) -> Tensor:
+    try:
+        output = network(*arguments, **given)
+    except (TypeError, ValueError, RuntimeError, AssertionError, IndexError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LossplugError(
+            f"the {type(network).__name__} can't take a batch of this data ({reason})",
+            remedy="Choose the data it was trained on",
+        ) from error
     return output if isinstance(output, Tensor) else output.logits
 
 

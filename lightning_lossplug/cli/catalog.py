@@ -119,7 +119,8 @@ SYMBOLS = {
     "omega": "ω", "Phi": "Φ", "Delta": "Δ", "Omega": "Ω", "sum": "Σ", "prod": "Π", "cdot": "·", "times": "×", "le": "≤",
     "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "in": "∈", "to": "→", "infty": "∞", "partial": "∂",
     "ldots": "…", "dots": "…", "cdots": "…", "odot": "⊙", "approx": "≈", "quad": " ", "ell": "ℓ", "pm": "±",
-    "propto": "∝", "nabla": "∇", "top": "ᵀ", "|": "‖", "lVert": "‖", "rVert": "‖", "big": "", "Big": "", "bigl": "", "bigr": "",
+    "propto": "∝", "nabla": "∇",
+    "top": "ᵀ", "|": "‖", "lVert": "‖", "rVert": "‖", "big": "", "Big": "", "bigl": "", "bigr": "",
     "Bigl": "", "Bigr": "", "left": "", "right": "", "mathrm": "", "mathbf": "", "text": "", "operatorname": "",
 }  # fmt: skip
 

@@ -46,6 +46,9 @@ def condense(error: BaseException, options: list[str], classes: dict[str, list[s
         missing = [name.strip().removeprefix("fit.") for name in text.partition(":")[2].split(",")]
         names = " and ".join(f"--{name}" for name in missing)
         return LossplugError(f"{names} missing", remedy="Give --config FILE, --recipe NAME or the options themselves")
+    if choices := re.findall(r"'?([^',\s\[\]]+)'?", ",".join(re.findall(r"Expected a typing\.Literal\[(.*)\]", text))):
+        given = _first(r"Given value: (.+)", text) or ""
+        return LossplugError(f"{given!r} is none of its values", where=key, remedy=suggestion(given, set(choices)))
     if (wanted := _first(r"Expected a <class '([^']+)'>", text)) is not None:
         inner = re.findall(r'Parser key "([^"]+)"', text)
         given = _first(r"Got value: (.+)", text) or _first(r"Given value: (.+)", text)

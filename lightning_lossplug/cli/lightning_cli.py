@@ -15,6 +15,7 @@ from lightning_lossplug.cli.run_folder import run_folder
 from lightning_lossplug.registry import registry
 
 ROOT = "lossplug_runs"
+USAGE = "lossplug fit [--config FILE | --recipe NAME] [--KEY VALUE ...]"
 DESCRIPTION = (
     "Train by configuration. --recipe NAME takes a packaged one (lossplug list configs); models, data and callbacks "
     "have short names (lossplug list): --model ImageClassifier --data DigitsData --trainer.callbacks+=NMSparsity"
@@ -43,7 +44,7 @@ class FitCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"default_root_dir": ROOT},
-            parser_kwargs={"prog": "lossplug", **strict, "fit": {"description": DESCRIPTION, **strict}},
+            parser_kwargs={"prog": "lossplug", **strict, "fit": {"description": DESCRIPTION, "usage": USAGE, **strict}},
             args=["fit", *arguments],
         )
 

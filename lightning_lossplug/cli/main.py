@@ -21,6 +21,8 @@ COMMANDS = {
     "show": "what a name means: formula, parameters, source, plot",
 }
 
+OPTIONS = ("--help", "--version", "--debug")
+
 OK, MISTAKE, INTERRUPTED = 0, 2, 130
 
 
@@ -67,8 +69,8 @@ def _dispatch(given: list[str]) -> None:
         return
     command, rest = given[0], given[1:]
     if command not in COMMANDS:
-        kind = "option" if command.startswith("-") else "command"
-        raise LossplugError(f"unknown {kind} {command!r}", remedy=suggestion(command, COMMANDS))
+        kind, known = ("option", OPTIONS) if command.startswith("-") else ("command", tuple(COMMANDS))
+        raise LossplugError(f"unknown {kind} {command!r}", remedy=suggestion(command, known))
     importlib.import_module(f"lightning_lossplug.cli.{command}").run(rest)
 
 

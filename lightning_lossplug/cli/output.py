@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_lossplug.errors import LossplugError, require
 
@@ -23,9 +23,14 @@ def console() -> Any:
     """
     rich = require("rich.console", "cli", "the lossplug command")
     found = rich.Console(highlight=False)
+    found.on_broken_pipe = _broken_pipe
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = PIPE_WIDTH
     return found
+
+
+def _broken_pipe() -> NoReturn:
+    raise BrokenPipeError  # rich would end the process with 1
 
 
 def table(
