@@ -1,7 +1,8 @@
-"""Magnitude N:M projection."""
+"""Magnitude N:M masks: of every m entries along the reduction axis, the n largest are kept."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
-from lightning_lossplug.sparsity._select import fill_mask
+from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE, fill_mask
 
 
 @register(
@@ -19,68 +20,146 @@ from lightning_lossplug.sparsity._select import fill_mask
     paper="Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
     arxiv="2102.04010",
 )
-@torch.no_grad()
 def nm_mask(
     weight: Tensor,
     n: int,
     m: int,
     dim: Literal["in"] | int = "in",
     scores: Tensor | None = None,
+    *,
     check_finite: bool = True,
 ) -> Tensor:
-    """Returns the mask that keeps the N entries of largest magnitude in every M consecutive ones along an axis.
+    """Returns the N:M mask of a weight.
 
-    Ties are decided by position, the lower index wins: on every device, in every dtype, run after run.
+    An entry is kept if and only if fewer than ``n`` entries of its group come before it in the order (``|weight|``
+    descending, index ascending). Ties therefore go to the lower index, on every device and in every dtype, and
+    ``-0.0`` ties with ``0.0``. Every group keeps exactly ``n`` entries, also where they are zero.
+
+    Under ``torch.compile`` the mask is one opaque operator: no graph break, no recompilation when values change.
 
     Args:
-        weight: Any floating dtype, at least one axis, any strides.
-        n: Entries kept per group, 1 <= n <= m.
-        m: Group size; divides the axis.
-        dim: The axis of the groups; ``in`` is the reduction axis of Linear and Conv weights (axis 1, or 0 of a vector).
-        scores: Saliency >= 0 of the shape of ``weight`` that takes the place of ``|weight|``.
-        check_finite: Refuse NaN, infinities and negative scores (on an accelerator the check waits for the device).
+        weight: Floating-point tensor of 16, 32 or 64 bits, any strides. Under AMP pass the fp32 master weight: 16-bit
+            copies have many ties.
+        n: Entries kept per group, ``1 <= n <= m``; ``n == m`` keeps all.
+        m: Group size; it has to divide the length of the axis.
+        dim: The axis that groups run along. ``"in"`` is the reduction axis of ``Linear`` and convolution weights:
+            axis 1, so that a convolution is grouped over its input channels at each place of the kernel, and axis 0 of
+            a vector. Weights stored as ``[in, out]``, such as transformers' ``Conv1D``, need 0.
+        scores: Replaces ``|weight|``: non-negative, of the shape of ``weight``.
+        check_finite: Look for NaN, infinity and negative scores. It costs one pass and on an accelerator waits for the
+            device. Without it a NaN counts as larger than infinity, and the sign of a score is ignored.
 
     Returns:
-        A boolean mask of the shape of ``weight``, True where kept.
+        Bool tensor of the shape of ``weight``, true where an entry is kept.
 
     Raises:
-        LossplugError: N, M, axis, scores or values that don't fit.
+        LossplugError: Not a floating-point tensor, a pattern that doesn't fit the axis, scores of another shape, or
+            values that can't be ordered, with their number.
+
+    Example:
+        >>> nm_mask(torch.tensor([[0.1, -3.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0]]), n=2, m=4).int()
+        tensor([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=torch.int32)
     """
-    if not 1 <= n <= m:
-        raise LossplugError(f"N:M is {n}:{m}", where="nm_mask", remedy="Choose 1 <= N <= M, for example 2:4")
-    saliency = (weight if scores is None else scores).detach()
-    if saliency.shape != weight.shape or weight.ndim == 0:
-        shapes = f"scores {tuple(saliency.shape)} don't fit the weight {tuple(weight.shape)}"
-        raise LossplugError(shapes, where="nm_mask", remedy="Give scores of the weight's shape, with at least one axis")
-    if not saliency.is_floating_point():
-        raise LossplugError(f"dtype {saliency.dtype} is not floating", where="nm_mask")
-    if dim != "in" and not -weight.ndim <= dim < weight.ndim:
-        raise LossplugError(f"dim is {dim} for a weight of {weight.ndim} axes", where="nm_mask")
-    axis = min(1, weight.ndim - 1) if dim == "in" else dim % weight.ndim
-    length = weight.shape[axis]
-    if length % m:
-        raise LossplugError(f"M = {m} does not divide the axis of {length}", where="nm_mask", remedy="Choose another M")
-    if check_finite and not torch.compiler.is_compiling():
-        require_saliency(saliency, signed=scores is None)
-    if n == m or saliency.numel() == 0:
-        return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    source = saliency.contiguous()
-    mask = torch.empty(source.shape, dtype=torch.bool, device=source.device)
-    grouped = (source.shape[:axis].numel() * (length // m), m, source.shape[axis + 1 :].numel())
-    if torch.compiler.is_compiling():  # a compiler fuses the definition; it can't follow the cache-sized pieces
-        order = source.view(grouped).abs().argsort(dim=1, descending=True, stable=True)[:, :n]
-        return torch.zeros(grouped, dtype=torch.bool, device=source.device).scatter(1, order, True).view(source.shape)
-    fill_mask(source.view(grouped), n, mask.view(grouped))
+    _require_real(weight, "weight")
+    axis = group_axis(weight, dim)
+    require_pattern(n, m)
+    if weight.shape[axis] % m:
+        raise LossplugError(
+            f"groups of m={m} don't divide axis {axis} of a weight of shape {tuple(weight.shape)}",
+            remedy="Choose an m that divides it, another dim, or leave this weight dense",
+        )
+    if scores is not None:
+        _require_real(scores, "scores")
+        if scores.shape != weight.shape:
+            raise LossplugError(
+                f"scores of shape {tuple(scores.shape)} for a weight of shape {tuple(weight.shape)}",
+                remedy="Give one score per entry",
+            )
+        scores = scores.detach()
+    compute = _mask_op if torch.compiler.is_compiling() else _mask
+    return compute(weight.detach(), scores, n, m, axis, check_finite)
+
+
+def flip_rate(before: Tensor, after: Tensor) -> Tensor:
+    """Returns the fraction of entries that two masks disagree on (0-dim); in a healthy run it rises, then falls."""
+    return (before != after).mean(dtype=torch.float32)
+
+
+def group_axis(weight: Tensor, dim: Literal["in"] | int = "in") -> int:
+    """Returns the axis that ``dim`` means for this weight, as a non-negative number.
+
+    Raises:
+        LossplugError: The weight has no such axis.
+    """
+    axis = min(1, weight.ndim - 1) if dim == "in" else dim
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -weight.ndim <= axis < weight.ndim:
+        raise LossplugError(
+            f"dim={dim!r} is no axis of a weight of shape {tuple(weight.shape)}", remedy="Give 'in' or an axis number"
+        )
+    return axis % weight.ndim
+
+
+def require_pattern(n: int, m: int, where: str | None = None) -> None:
+    """Refuses anything but whole numbers with ``1 <= n <= m``.
+
+    Raises:
+        LossplugError: The pattern isn't one.
+    """
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (n, m))
+    if not whole or not 1 <= n <= m:
+        raise LossplugError(
+            f"n={n!r}, m={m!r} is no N:M pattern", where=where, remedy="Give whole numbers with 1 <= n <= m"
+        )
+
+
+def _require_real(values: Tensor, name: str) -> None:
+    if not values.is_floating_point() or values.element_size() not in INTEGER_OF_SIZE:
+        raise LossplugError(f"the {name} has dtype {values.dtype}", remedy="Give float16, bfloat16, float32 or float64")
+
+
+def _require_finite(values: Tensor, name: str, lowest: float = -math.inf) -> None:
+    if not values.numel():
+        return
+    low, high = torch.aminmax(values)
+    if bool(low.isfinite() & high.isfinite() & (low >= lowest)):
+        return
+    finite = values.isfinite()
+    count = int((~finite).sum())
+    if count:
+        raise LossplugError(
+            f"{count} of the {values.numel()} entries of the {name} are NaN or infinite",
+            remedy="Look for the step that produced them; a mask of such values means nothing",
+        )
+    raise LossplugError(
+        f"{int((values < lowest).sum())} of the {values.numel()} {name} are negative", remedy="Give scores >= 0"
+    )
+
+
+def _mask(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
+    if check_finite:
+        _require_finite(weight, "weight")
+        if scores is not None:
+            _require_finite(scores, "scores", lowest=0.0)
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    if n == m:
+        return mask.fill_(True)
+    source = weight if scores is None else scores
+    # In the order in which it lies in memory, the weight is [before the axis, axis, after the axis], whatever its
+    # strides; only a tensor with holes or overlaps, or scores that lie differently, have to be copied.
+    order = sorted(range(mask.ndim), key=lambda place: -mask.stride()[place])
+    packed, packed_mask = source.permute(order).contiguous(), mask.permute(order)
+    if mask.numel():
+        before = math.prod(packed.shape[: order.index(axis)])
+        shape = (before * (mask.shape[axis] // m), m, -1)
+        fill_mask(packed.view(shape), n, packed_mask.view(shape))
     return mask
 
 
-def require_saliency(saliency: Tensor, *, signed: bool) -> None:
-    """Raises :class:`LossplugError` for values that are not finite or, unless ``signed``, negative."""
-    if saliency.numel() == 0:
-        return
-    low, high = saliency.aminmax()  # one fast pass: NaN and infinities reach at least one of the two
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        bad = int((~torch.isfinite(saliency)).sum())
-        raise LossplugError(f"{bad} of {saliency.numel()} values are non-finite", where="nm_mask")
-    if not signed and bool(low < 0):
-        raise LossplugError("scores are negative", where="nm_mask", remedy="Give a saliency >= 0")
+@torch.library.custom_op("lightning_lossplug::nm_mask", mutates_args=())
+def _mask_op(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
+    return _mask(weight, scores, n, m, axis, check_finite)
+
+
+@_mask_op.register_fake
+def _(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bool)

@@ -1,67 +1,105 @@
-"""What the forward pass reads of a masked weight, and which gradient the dense weight receives."""
+"""From the weight to what the forward pass uses: masked or attenuated entries, with a gradient of choice."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_lossplug.errors import LossplugError, suggestion
 
-class _MaskedSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _DecayedSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: Tensor, masked: bool) -> Tensor:
-        if masked:
-            ctx.save_for_backward(mask, decay)
-        ctx.masked = masked
-        return torch.where(mask, weight, weight * decay)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.masked:
-            mask, decay = ctx.saved_tensors
-            grad = torch.where(mask, grad, grad * decay)
-        return grad, None, None, None
+GradMode = Literal["ste", "masked"]
+GRAD_MODES = ("ste", "masked")
 
 
 def masked_ste(weight: Tensor, mask: Tensor) -> Tensor:
-    """Returns ``W * mask``; the gradient passes to ``W`` unchanged (straight-through).
+    """Returns ``W~ = W * mask``; the gradient goes through as if there were no mask (straight-through estimator).
+
+    Pruned entries are ``+0.0`` whatever the weight holds. Nothing is saved for the backward pass.
 
     Args:
-        weight: Dense weight.
-        mask: Boolean mask of its shape, True where kept.
+        weight: Floating-point tensor.
+        mask: Bool tensor of the same shape, true where an entry is kept.
+
+    Raises:
+        LossplugError: The mask isn't boolean or has another shape.
+
+    Source: Bengio et al. 2013, arXiv 1308.3432; N:M form in Zhou et al. 2021, arXiv 2102.04010.
     """
-    return _MaskedSTE.apply(weight, mask)
+    _require_mask(weight, mask)
+    return _STE.apply(weight, mask, None)
 
 
-def decayed_ste(weight: Tensor, mask: Tensor, decay: Tensor | float, grad_mode: str = "ste") -> Tensor:
-    """Returns ``W * [mask + D (1 - mask)]``.
+def decayed_ste(weight: Tensor, mask: Tensor, decay: float | Tensor, grad_mode: GradMode = "ste") -> Tensor:
+    """Returns ``W~ = W * (mask + decay * (1 - mask))``: pruned entries are attenuated, not removed.
+
+    With ``decay == 1`` the result is the weight, with ``decay == 0`` pruned entries are ``+0.0``.
 
     Args:
-        weight: Dense weight.
-        mask: Boolean mask of its shape, True where kept.
-        decay: The factor D in [0, 1] of the pruned weights; a tensor without dimensions changes without recompiling.
-        grad_mode: ``ste``: the gradient passes unchanged; ``masked``: the true ``g * [mask + D (1 - mask)]``.
+        weight: Floating-point tensor.
+        mask: Bool tensor of the same shape, true where an entry is kept.
+        decay: Number in [0, 1], or a 0-dim tensor: then a new value doesn't recompile a compiled model. It gets no
+            gradient.
+        grad_mode: ``"ste"`` hands the incoming gradient ``g`` through, ``"masked"`` gives the derivative
+            ``g * (mask + decay * (1 - mask))``.
+
+    Raises:
+        LossplugError: The mask isn't boolean or has another shape, ``decay`` isn't a single value in [0, 1], or the
+            mode is unknown.
+
+    Source: Bambhaniya et al. 2024, arXiv 2402.04744, section 3.
     """
-    decay = torch.as_tensor(decay, device=weight.device).to(weight.dtype)
-    return _DecayedSTE.apply(weight, mask, decay, grad_mode == "masked")
+    _require_mask(weight, mask)
+    if grad_mode not in GRAD_MODES:
+        raise LossplugError(f"unknown grad_mode {grad_mode!r}", remedy=suggestion(str(grad_mode), GRAD_MODES))
+    if isinstance(decay, Tensor):
+        if decay.ndim:
+            raise LossplugError(f"decay has shape {tuple(decay.shape)}", remedy="Give a number or a 0-dim tensor")
+        decay = decay.detach().to(weight.device)
+    elif not 0 <= decay <= 1:
+        raise LossplugError(f"decay={decay} is outside [0, 1]", remedy="1 leaves the weight dense, 0 prunes it")
+    return (_STE if grad_mode == "ste" else _Masked).apply(weight, mask, decay)
 
 
-def srste_penalty_(grad: Tensor, weight: Tensor, mask: Tensor, lambda_w: float) -> Tensor:
-    """Adds SR-STE's term ``lambda_w (1 - mask) W`` to a gradient, in place (arXiv 2102.04010)."""
-    return grad.add_(torch.where(mask, 0, weight), alpha=lambda_w)
+def _require_mask(weight: Tensor, mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise LossplugError(
+            f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, the weight shape {tuple(weight.shape)}",
+            remedy="Give a bool mask of the weight's shape",
+        )
 
 
-def srste_decay_(weight: Tensor, mask: Tensor, lambda_w: float, lr: float) -> Tensor:
-    """Shrinks pruned weights by ``1 - lr lambda_w``, in place: SR-STE's term outside the optimizer's moments."""
-    return weight.copy_(torch.where(mask, weight, weight * (1 - lr * lambda_w)))
+def _attenuate(values: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
+    if decay is None:
+        return torch.where(mask, values, 0.0)
+    scaled = values * decay
+    # A product with zero may be -0.0 or NaN; 0-dim, so that a tensor's value needn't be known here.
+    if isinstance(decay, Tensor):
+        scaled.masked_fill_(decay == 0, 0.0)
+    elif decay == 0:
+        scaled.zero_()
+    return torch.where(mask, values, scaled, out=scaled)
+
+
+class _STE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
+        return _attenuate(weight, mask, decay)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+        ctx.save_for_backward(mask, decay if isinstance(decay, Tensor) else None)
+        ctx.decay = None if isinstance(decay, Tensor) else decay
+        return _attenuate(weight, mask, decay)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        mask, decay = ctx.saved_tensors
+        return _attenuate(grads[0], mask, ctx.decay if decay is None else decay), None, None

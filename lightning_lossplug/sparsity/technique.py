@@ -16,7 +16,7 @@ from lightning_lossplug.schedules import Progress
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.recipes import Recipe
 from lightning_lossplug.sparsity.sharding import full, local, shard_like
-from lightning_lossplug.sparsity.ste import srste_decay_, srste_penalty_
+from lightning_lossplug.sparsity.srste import srste_decay_, srste_penalty_
 from lightning_lossplug.sparsity.transform import NMTransform
 from lightning_lossplug.surgery.plug import latent, plug, transform_of, unplug
 from lightning_lossplug.surgery.select import Candidate, Selection, matches, select

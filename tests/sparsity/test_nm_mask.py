@@ -133,14 +133,14 @@ def test_empty():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: nm_mask(torch.randn(4, 8), 5, 4), "N:M is 5:4"),
-        (lambda: nm_mask(torch.randn(4, 8), 0, 4), "N:M is 0:4"),
-        (lambda: nm_mask(torch.randn(4, 10), 2, 4), "M = 4 does not divide the axis of 10"),
-        (lambda: nm_mask(torch.randn(4, 8), 2, 4, scores=torch.rand(4, 4)), "don't fit"),
+        (lambda: nm_mask(torch.randn(4, 8), 5, 4), "n=5, m=4 is no N:M pattern"),
+        (lambda: nm_mask(torch.randn(4, 8), 0, 4), "n=0, m=4 is no N:M pattern"),
+        (lambda: nm_mask(torch.randn(4, 10), 2, 4), "groups of m=4 don't divide axis 1"),
+        (lambda: nm_mask(torch.randn(4, 8), 2, 4, scores=torch.rand(4, 4)), r"scores of shape \(4, 4\)"),
         (lambda: nm_mask(torch.randn(4, 8), 2, 4, scores=-torch.rand(4, 8)), "scores are negative"),
-        (lambda: nm_mask(torch.ones(4, 8, dtype=torch.int32), 2, 4), "not floating"),
-        (lambda: nm_mask(torch.randn(4, 8), 2, 4, dim=2), "dim is 2"),
-        (lambda: nm_mask(torch.tensor(1.0), 1, 1), "at least one axis"),
+        (lambda: nm_mask(torch.ones(4, 8, dtype=torch.int32), 2, 4), "dtype torch.int32"),
+        (lambda: nm_mask(torch.randn(4, 8), 2, 4, dim=2), "dim=2 is no axis"),
+        (lambda: nm_mask(torch.tensor(1.0), 1, 1), "is no axis"),
     ],
 )
 def test_bad_input(call, message):
@@ -152,5 +152,5 @@ def test_bad_input(call, message):
 def test_non_finite_values_are_counted(bad):
     weight = torch.randn(4, 8)
     weight[1, 2] = weight[3, 7] = bad
-    with pytest.raises(LossplugError, match="2 of 32 values are non-finite"):
+    with pytest.raises(LossplugError, match="2 of the 32 entries of the weight are NaN or infinite"):
         nm_mask(weight, 2, 4)
