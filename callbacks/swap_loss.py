@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses import Loss, create
+from lightning_lossplug.losses import FusableLoss, Loss, create
+from lightning_lossplug.losses.fused import FusedHead, attach
 from lightning_lossplug.losses.swap import LossSwap
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import AnySchedule, Constant, Progress, Step, as_schedule
@@ -34,6 +35,9 @@ class SwapLoss(Callback):
         weight: The weight ``w``: a number, a schedule, or ``{point: value}`` in fractions of the run.
         where: ``auto``, ``functional``, ``loss_function`` (of a Hugging Face model), or an attribute's path.
         sample_index: Key or position of the sample ids in the batch, for losses that keep a value per sample.
+        fused: For Hugging Face models with a language-modelling head: compute the loss from the hidden states, in
+            chunks, so that the logits of a training step are never held. They are computed where something else reads
+            them; evaluation and ``generate`` are untouched. The loss has to be fusable (``lossplug show NAME``).
 
     Raises:
         LossplugError: Unknown loss or parameter; nothing to swap (at the first step, naming what was looked for).
@@ -47,6 +51,7 @@ class SwapLoss(Callback):
         weight: float | AnySchedule | dict[float, float] = 1.0,
         where: str = "auto",
         sample_index: int | str | None = None,
+        fused: bool = False,
     ) -> None:
         if isinstance(loss, str):
             entry = registry.get("loss", loss)
@@ -60,7 +65,14 @@ class SwapLoss(Callback):
             self.loss, self.loss_name = loss, entry.name if entry else type(loss).__name__
             signature = entry.signature if entry else "logits_index"
         self.weight = Step(weight) if isinstance(weight, dict) else as_schedule(weight)
-        self.sample_index = sample_index
+        self.sample_index, self.fused = sample_index, fused
+        self.head: FusedHead | None = None
+        if fused and not (isinstance(self.loss, FusableLoss) and where == "auto" and sample_index is None):
+            raise LossplugError(
+                f"fused=True doesn't go with the loss {self.loss_name!r}, where={where!r}, index={sample_index!r}",
+                where="SwapLoss",
+                remedy="It takes a fusable loss, where='auto' and no sample_index",
+            )
         self.swap = LossSwap(self.loss, signature or "logits_index", mode, where)
         self.step = 0
         takes = {*inspect.signature(self.loss.forward).parameters, *getattr(self.loss, "row_inputs", ())}
@@ -89,26 +101,47 @@ class SwapLoss(Callback):
             raise LossplugError(
                 f"{names} both replace the loss", where="SwapLoss", remedy="Give one of them mode='add'"
             )
-        self.swap.attach(pl_module)
+        if self.fused:
+            self.head = attach(pl_module, self.loss, combine=self._combine)
+            sites = f"the fused head {', '.join(self.head.paths)}"
+        else:
+            self.swap.attach(pl_module)
+            sites = ", ".join(self.swap.sites)
         self._checked = False
         wrap_method(pl_module, "training_step", self, self._training_step(trainer), order=LOSS_ORDER)
-        rank_zero_info(f"SwapLoss: {self.loss_name} ({self.swap.mode}) in {', '.join(self.swap.sites)}")
+        rank_zero_info(f"SwapLoss: {self.loss_name} ({self.swap.mode}) in {sites}")
 
     def _training_step(self, trainer: Trainer) -> Any:
         def training_step(inner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.swap.armed(self._weight(trainer), self._index(batch)):
+            site: LossSwap | FusedHead = self.swap if self.head is None else self.head
+            if self.head is None:
+                armed: Any = self.swap.armed(self._weight(trainer), self._index(batch))
+            else:
+                self.swap.weight = self._weight(trainer)
+                armed = self.head.armed()
+            with armed:
                 output = inner(batch, *args, **kwargs)
             if not self._checked:
-                self.swap.require_calls()
+                site.require_calls()
                 self._checked = True
-                if self.swap.dropped_smoothing:
+                if site.dropped_smoothing:
                     rank_zero_info(
-                        f"SwapLoss: the replaced call's label_smoothing={self.swap.dropped_smoothing} went with it; "
+                        f"SwapLoss: the replaced call's label_smoothing={site.dropped_smoothing} went with it; "
                         "set parameters={'label_smoothing': ...} if the new loss should smooth"
                     )
             return output
 
         return training_step
+
+    def _combine(self, compute: Any) -> Tensor:
+        """The value of a fused call: the new loss, or its mix with the one that was called."""
+        new, weight = compute(self.loss), self.swap.weight
+        self.swap.last = {"new": new.detach().mean()}
+        if self.swap.mode == "replace" and weight == 1:
+            return new
+        old = compute(None)
+        self.swap.last["old"] = old.detach().mean()
+        return old + weight * new if self.swap.mode == "add" else weight * new + (1 - weight) * old
 
     def _weight(self, trainer: Trainer) -> float:
         if isinstance(self.weight, Constant):
@@ -162,6 +195,9 @@ class SwapLoss(Callback):
     def _clean_up(self, pl_module: LightningModule) -> None:
         unwrap_method(pl_module, "training_step", self)
         self.swap.detach()
+        if self.head is not None:
+            self.head.remove()
+            self.head = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts the training step and the criteria back."""

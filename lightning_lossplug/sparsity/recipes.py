@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.ste import GradMode
 
 Phase = Literal["dense", "sparse", "finetune"]
 
@@ -256,7 +257,7 @@ class MdGf(PhasedRecipe):
 
     decay_rate: float | None = None
     decay_end: float = 0.7
-    grad_mode: str = "ste"
+    grad_mode: GradMode = "ste"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_lossplug.sparsity.ste import decayed_ste, masked_ste
+from lightning_lossplug.sparsity.ste import GradMode, decayed_ste, masked_ste
 from lightning_lossplug.surgery.plug import WeightTransform
 
 
@@ -27,7 +27,7 @@ class NMTransform(WeightTransform):
     mask: Tensor
     decay: Tensor
 
-    def __init__(self, weight: Tensor, grad_mode: str = "ste") -> None:
+    def __init__(self, weight: Tensor, grad_mode: GradMode = "ste") -> None:
         super().__init__()
         self.grad_mode = grad_mode
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))

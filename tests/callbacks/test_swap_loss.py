@@ -130,6 +130,42 @@ def test_hugging_face_causal_lm_keeps_shift_and_masking(where):
     assert torch.allclose(got, want)
 
 
+@pytest.mark.parametrize("options", [{}, {"weight": 0.25}, {"mode": "add", "weight": 0.5}])
+def test_fused_head_gives_the_same_loss_and_weights(options):
+    class LM(Plain):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_llama()
+
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=batch[0], labels=batch[0].masked_fill(batch[0] % 5 == 0, -100)).loss
+
+    ids = torch.randint(0, 32, (16, 12))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), 4)
+    plain = LM()
+    fused = LM()
+    fused.load_state_dict(plain.state_dict())
+    recorders = []
+    for module, flag in ((plain, False), (fused, True)):
+        recorders.append(Recorder())
+        callbacks = [SwapLoss("poly_loss", fused=flag, **options), recorders[-1]]
+        make_trainer(max_epochs=1, callbacks=callbacks).fit(module, loader)
+        assert wrapped_methods(module) == wrapped_methods(module.model.lm_head) == ()
+    for a, b in zip(recorders[0].losses, recorders[1].losses, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    fused.eval()
+    assert fused.model(ids[:1]).logits.shape == (1, 12, 32)
+
+
+def test_fused_needs_a_language_model_and_a_fusable_loss():
+    with pytest.raises(LossplugError, match="fused=True doesn't go with the loss 'nfl'"):
+        SwapLoss("nfl", fused=True)
+    with pytest.raises(LossplugError, match="has no output embedding"):
+        make_trainer(callbacks=[SwapLoss("focal", fused=True)]).fit(Plain(), data())
+
+
 def test_hugging_face_head_with_the_loss_inline():
     config = BertConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.fused_head import attach
 from lightning_lossplug.losses import create
 from lightning_lossplug.losses.fused import LazyLogits
+from lightning_lossplug.losses.fused.head import attach
 
 SIZES = {
     "vocab_size": 61,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.base import FusableLoss, Loss
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
-from lightning_lossplug.losses.fused import LazyLogits, lazy_logits
+from lightning_lossplug.losses.fused.lazy import LazyLogits, lazy_logits
 from lightning_lossplug.losses.fused.linear import fusable
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method, wrapped_methods
 
