@@ -152,7 +152,7 @@ class _ByThreshold:
         else:
             steps, kth = _network(self._keys, k, order)
             threshold = kth.view(layout[0], 1, layout[2])
-        self._steps = [*steps, partial(order.keeps, self._keys, threshold, out=self._keep)]
+        self._steps: list[Callable[[], Any]] = [*steps, partial(order.keeps, self._keys, threshold, out=self._keep)]
         self._threshold = threshold
         self._magnitude = _scalar(torch.iinfo(piece.dtype).max, piece.dtype)
 
