@@ -214,7 +214,11 @@ def test_a_missing_package_names_its_extra(mistake, monkeypatch):
 
 
 def test_an_interrupted_fit_ends_with_130(tmp_path):
-    code = "import sys; from lightning_lossplug.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    # Started in the background (as CI may be), a process inherits an ignored SIGINT; a terminal gives the default one.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from lightning_lossplug.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
     arguments = [*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=100000"]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -229,6 +233,9 @@ def test_an_interrupted_fit_ends_with_130(tmp_path):
                 break
             time.sleep(0.2)
         os.kill(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
