@@ -12,7 +12,9 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses import FusableLoss, Loss, create
 from lightning_lossplug.losses.fused import FusedHead, attach
+from lightning_lossplug.losses.number_values import attach_values, tokenizer_of
 from lightning_lossplug.losses.swap import LossSwap
+from lightning_lossplug.losses.token_values import TokenValueLoss
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import AnySchedule, Constant, Progress, Step, as_schedule
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
@@ -34,6 +36,8 @@ class SwapLoss(Callback):
         mode: ``replace``: ``w new + (1 - w) old``; ``add``: ``old + w new``.
         weight: The weight ``w``: a number, a schedule, or ``{point: value}`` in fractions of the run.
         where: ``auto``, ``functional``, ``loss_function`` (of a Hugging Face model), or an attribute's path.
+        call: Which of the step's functional calls, counted from 0 among those the loss fits; default: all. For
+            models with several heads, each with a ``SwapLoss`` of its own.
         sample_index: Key or position of the sample ids in the batch, for losses that keep a value per sample.
         fused: For Hugging Face models with a language-modelling head: compute the loss from the hidden states, in
             chunks, so that the logits of a training step are never held. They are computed where something else reads
@@ -52,6 +56,7 @@ class SwapLoss(Callback):
         where: str = "auto",
         sample_index: int | str | None = None,
         fused: bool = False,
+        call: int | None = None,
     ) -> None:
         if isinstance(loss, str):
             entry = registry.get("loss", loss)
@@ -67,14 +72,15 @@ class SwapLoss(Callback):
         self.weight = Step(weight) if isinstance(weight, dict) else as_schedule(weight)
         self.sample_index, self.fused = sample_index, fused
         self.head: FusedHead | None = None
-        if fused and not (isinstance(self.loss, FusableLoss) and where == "auto" and sample_index is None):
+        if fused and not (
+            isinstance(self.loss, FusableLoss) and where == "auto" and sample_index is None and call is None
+        ):
             raise LossplugError(
                 f"fused=True doesn't go with the loss {self.loss_name!r}, where={where!r}, index={sample_index!r}",
                 where="SwapLoss",
                 remedy="It takes a fusable loss, where='auto' and no sample_index",
             )
-        self.swap = LossSwap(self.loss, signature or "logits_index", mode, where)
-        self.step = 0
+        self.swap = LossSwap(self.loss, signature or "logits_index", mode, where, call)
         takes = {*inspect.signature(self.loss.forward).parameters, *getattr(self.loss, "row_inputs", ())}
         if sample_index is not None and "index" not in takes:
             raise LossplugError(f"the loss {self.loss_name!r} takes no sample index", where="SwapLoss")
@@ -82,7 +88,8 @@ class SwapLoss(Callback):
     @property
     def state_key(self) -> str:
         """Identifies the instance by loss, mode and place."""
-        return self._generate_state_key(loss=self.loss_name, mode=self.swap.mode, where=self.swap.where)
+        call = {} if self.swap.call is None else {"call": self.swap.call}
+        return self._generate_state_key(loss=self.loss_name, mode=self.swap.mode, where=self.swap.where, **call)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the loss and puts this one in its place for the steps of a fit."""
@@ -95,12 +102,15 @@ class SwapLoss(Callback):
             setattr(pl_module, CHILD, self.loss)
         if stage != "fit":
             return
-        rivals = [c for c in trainer.callbacks if isinstance(c, SwapLoss) and c.swap.mode == "replace"]  # type: ignore[attr-defined]
-        if len(rivals) > 1 and self in rivals and len({c.swap.where for c in rivals}) < len(rivals):
-            names = " and ".join(repr(c.loss_name) for c in rivals)
-            raise LossplugError(
-                f"{names} both replace the loss", where="SwapLoss", remedy="Give one of them mode='add'"
-            )
+        if isinstance(self.loss, TokenValueLoss) and self.loss.values is None:
+            self._find_values(trainer, pl_module)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, SwapLoss) and other is not self and self.swap.rivals(other.swap):
+                raise LossplugError(
+                    f"{self.loss_name!r} and {other.loss_name!r} both replace the loss",
+                    where="SwapLoss",
+                    remedy="Give one of them mode='add', or each its own call= or where=",
+                )
         if self.fused:
             self.head = attach(pl_module, self.loss, combine=self._combine)
             sites = f"the fused head {', '.join(self.head.paths)}"
@@ -110,6 +120,21 @@ class SwapLoss(Callback):
         self._checked = False
         wrap_method(pl_module, "training_step", self, self._training_step(trainer), order=LOSS_ORDER)
         rank_zero_info(f"SwapLoss: {self.loss_name} ({self.swap.mode}) in {sites}")
+
+    def _find_values(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives a loss on tokens with values the table of the run's tokenizer, as wide as the model's logits."""
+        tokenizer = tokenizer_of(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        if tokenizer is None:
+            raise LossplugError(
+                f"{self.loss_name} needs to know which tokens are numbers, and neither the data module nor the module "
+                "has a tokenizer",
+                where="SwapLoss",
+                remedy="Give the loss object: SwapLoss(attach_values(create(...), tokenizer), mode='add')",
+            )
+        configs = (getattr(m, "config", None) for m in pl_module.modules())
+        widths = [w for c in configs if isinstance(w := getattr(c, "vocab_size", None), int)]
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        attach_values(self.loss, tokenizer, vocab_size=max([size, *widths]))  # type: ignore[arg-type]
 
     def _training_step(self, trainer: Trainer) -> Any:
         def training_step(inner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ class CausalLM(LightningModule):
                 "give either model or from_config" + (", not both" if model else ""),
                 where="CausalLM",
                 remedy="model loads weights; from_config starts from random ones",
+            )
+        if model is not None and not isinstance(model, (str, Path)):
+            raise LossplugError(
+                f"model is a {type(model).__name__} object, expected a name, a folder or a file",
+                where="CausalLM",
+                remedy="Put the object into a LightningModule of your own: the callbacks work on it just the same",
             )
         self.model_kwargs = model_kwargs or {}
         if from_config is not None:

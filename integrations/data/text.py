@@ -98,6 +98,17 @@ class TextData(BatchedDataModule):
         self.val_set = self._blocks("validation", val)
         self.test_set = self._blocks("test", test)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Returns token -> id of the tokenizer; the 256 single bytes for ``bytes``."""
+        if not isinstance(self.tokenizer, str):
+            vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+            return vocabulary
+        if self.tokenizer == "bytes":
+            return {chr(byte): byte for byte in range(256)}
+        from lightning_lossplug.integrations.pretrained import load_tokenizer
+
+        return dict(load_tokenizer(self.tokenizer).get_vocab())
+
     def _blocks(self, part: str, tokens: Tensor) -> TokenBlocks:
         if len(tokens) < self.block_size:
             raise LossplugError(

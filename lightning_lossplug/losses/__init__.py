@@ -69,7 +69,9 @@ from lightning_lossplug.losses.z_loss import ZLoss
 from lightning_lossplug.registry import registry
 
 if find_spec("pytorch_metric_learning") is not None:
-    import lightning_lossplug.losses.pml  # noqa: F401  registers itself
+    import lightning_lossplug.losses.pml
+if find_spec("timm") is not None:
+    import lightning_lossplug.losses.timm  # noqa: F401  registers itself
 
 __all__ = [
     "ALDRKL",

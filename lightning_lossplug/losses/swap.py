@@ -9,9 +9,10 @@ own ``weight``, ``ignore_index`` and ``reduction``. A *criterion*: a module attr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lossplug.errors import LossplugError, suggestion
 from lightning_lossplug.losses.base import ClassificationLoss, Loss
+from lightning_lossplug.losses.token_values import TokenValueLoss
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 
 Mode = Literal["replace", "add"]
@@ -27,9 +29,11 @@ Mode = Literal["replace", "add"]
 CALLS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "logits_index": (F.cross_entropy, F.nll_loss),
     "logits_soft": (F.cross_entropy,),
+    "token_logits_values": (F.cross_entropy, F.nll_loss),
     "binary_logits": (F.binary_cross_entropy_with_logits,),
     "regression": (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
 }
+FUNCTIONAL = ("auto", "functional", "loss_function")
 
 
 class LossSwap:
@@ -41,12 +45,29 @@ class LossSwap:
         mode: ``replace``: ``w new + (1 - w) old``; ``add``: ``old + w new``.
         where: ``auto`` (functional calls, and criteria with their own arithmetic), ``functional``, ``loss_function``
             (of a Hugging Face model), or the path of an attribute such as ``criterion``.
+        call: Which of the step's functional calls, counted from 0 among those the loss fits; None: all of them. For
+            models with several heads.
     """
 
-    def __init__(self, loss: Loss, signature: str, mode: Mode = "replace", where: str = "auto") -> None:
+    def __init__(
+        self, loss: Loss, signature: str, mode: Mode = "replace", where: str = "auto", call: int | None = None
+    ) -> None:
         if mode not in ("replace", "add"):
             raise LossplugError(f"mode is {mode!r}", where="SwapLoss", remedy="Use 'replace' or 'add'")
+        if mode == "replace" and isinstance(loss, TokenValueLoss) and where in FUNCTIONAL:
+            raise LossplugError(
+                f"{type(loss).__name__} sees only tokens that have a value and cannot replace the loss",
+                where="SwapLoss",
+                remedy="Add it with mode='add', or name the attribute of a term it replaces with where=",
+            )
         self.loss, self.signature, self.mode, self.where = loss, signature, mode, where
+        if call is not None and (call < 0 or where not in FUNCTIONAL):
+            raise LossplugError(
+                f"call={call} with where={where!r}",
+                where="SwapLoss",
+                remedy=f"call counts functional calls from 0, with where one of {', '.join(FUNCTIONAL)}",
+            )
+        self.call, self.seen = call, 0
         self.weight: float = 1.0
         self.index: Tensor | None = None  # sample ids of the batch, for a loss that keeps a value per sample
         self.calls = 0  # swapped calls since the last arming
@@ -56,6 +77,15 @@ class LossSwap:
         self._armed = False
         self._busy = False  # inside a swapped call: what it calls itself is not swapped again
         self._patched: list[tuple[nn.Module, str]] = []
+
+    def rivals(self, other: LossSwap) -> bool:
+        """Tells whether both would replace the same calls."""
+        if "add" in (self.mode, other.mode) or self.where != other.where:
+            return False
+        if self.where not in FUNCTIONAL:
+            return True
+        same_call = self.call == other.call or None in (self.call, other.call)
+        return same_call and bool(set(CALLS.get(self.signature, ())) & set(CALLS.get(other.signature, ())))
 
     def attach(self, module: nn.Module) -> None:
         """Finds the places in a module.
@@ -115,10 +145,10 @@ class LossSwap:
             weight: Weight of the new loss now.
             index: Sample ids of the batch.
         """
-        self.weight, self.index, self.calls, self._armed = weight, index, 0, True
+        self.weight, self.index, self.calls, self.seen, self._armed = weight, index, 0, 0, True
         try:
             if self.where in ("auto", "functional") and self.signature in CALLS:
-                with _FunctionalSwap(self):
+                with _listening(self):
                     yield
             else:
                 yield
@@ -127,6 +157,12 @@ class LossSwap:
 
     def require_calls(self) -> None:
         """Raises :class:`LossplugError` when nothing was swapped since :meth:`armed`, naming what was looked for."""
+        if self.calls == 0 and self.call is not None and self.seen:
+            raise LossplugError(
+                f"call={self.call}, but the training step computed only {self.seen} losses that could be swapped",
+                where="SwapLoss",
+                remedy="Calls count from 0, in the order of the step",
+            )
         if self.calls == 0:
             raise LossplugError(
                 f"the training step computed no loss that could be swapped; looked for {', '.join(self.sites)}",
@@ -135,32 +171,34 @@ class LossSwap:
             )
 
     def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
-        wrap_method(owner, name, self, wrapper)
+        # A term is added around what takes the place of the old loss, whatever the order of the callbacks.
+        wrap_method(owner, name, self, wrapper, order=-1 if self.mode == "add" else 0)
         self._patched.append((owner, name))
 
     def _criterion_call(self, inner: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if not self._armed or self._busy:
+        if not self._armed or self._busy or _Listener.computing:
             return inner(*args, **kwargs)
         return self.combine(lambda: inner(*args, **kwargs), *args, **kwargs)
 
     def _scoped_call(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._armed or self._busy:
             return inner(*args, **kwargs)
-        with _FunctionalSwap(self):
+        with _listening(self):
             return inner(*args, **kwargs)
 
     def combine(self, old: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss that takes the place of a call."""
         self.calls += 1
-        self._busy = True
-        try:
-            if self.index is not None:
-                kwargs["index"] = self.index
-            new = self.loss(*args, **kwargs)
-            needs_old = self.mode == "add" or self.weight != 1
-            before = old() if needs_old else None
-        finally:
-            self._busy = False
+        if self.index is not None:
+            kwargs["index"] = self.index
+        new = _Listener.compute(lambda: self.loss(*args, **kwargs))
+        before = None
+        if self.mode == "add" or self.weight != 1:
+            self._busy = True
+            try:
+                before = old()
+            finally:
+                self._busy = False
         self.last = {"new": new.detach().mean()}
         if before is None:
             return new
@@ -168,24 +206,81 @@ class LossSwap:
         return before + self.weight * new if self.mode == "add" else self.weight * new + (1 - self.weight) * before
 
 
-class _FunctionalSwap(TorchFunctionMode):
-    """Sends the functional calls a loss can replace to it."""
+class _Listener(TorchFunctionMode):
+    """Sends functional calls to the swaps that want them: one listener for all swaps of a step.
 
-    def __init__(self, swap: LossSwap) -> None:
+    A replacing swap takes the call, adding ones put their terms around it, whatever the order in which they came.
+    """
+
+    current: ClassVar[_Listener | None] = None
+    computing: ClassVar[bool] = False  # a new loss is being computed: what it calls itself is not swapped
+
+    def __init__(self) -> None:
         super().__init__()
-        self.swap = swap
+        self.swaps: list[LossSwap] = []
+
+    @classmethod
+    def compute(cls, loss: Callable[[], Tensor]) -> Tensor:
+        """Runs a new loss, none of whose own calls are swapped."""
+        before, cls.computing = cls.computing, True
+        try:
+            return loss()
+        finally:
+            cls.computing = before
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.swap._busy or func not in CALLS[self.swap.signature]:
-            return func(*args, **kwargs)
-        call = _bind(func, *args, **kwargs)
-        if call["label_smoothing"]:
-            self.swap.dropped_smoothing = call["label_smoothing"]
-        options = _options(self.swap.loss, call)
-        return self.swap.combine(lambda: func(*args, **kwargs), call["input"], call["target"], **options)
+        wanted = [] if self.computing else [s for s in self.swaps if not s._busy and func in CALLS[s.signature]]
+        chosen = []
+        for swap in wanted:
+            if swap.call in (None, swap.seen):
+                chosen.append(swap)
+            swap.seen += 1
+        replacing = [s for s in chosen if s.mode == "replace"]
+        if len(replacing) > 1:
+            names = " and ".join(type(s.loss).__name__ for s in replacing)
+            raise LossplugError(
+                f"{names} both replace the same call of F.{func.__name__}",
+                where="SwapLoss",
+                remedy="Give one of them mode='add', or each its own call= or where=",
+            )
+        result = functools.partial(func, *args, **kwargs)
+        if chosen:
+            call = _bind(func, *args, **kwargs)
+            for swap in (*replacing, *(s for s in chosen if s.mode == "add")):
+                result = functools.partial(_swapped, swap, call, result)
+        return result()
+
+
+def _swapped(swap: LossSwap, call: dict[str, Any], old: Callable[[], Tensor]) -> Tensor:
+    if call["label_smoothing"] and swap.mode == "replace":
+        swap.dropped_smoothing = call["label_smoothing"]
+    logits = call["input"]
+    if isinstance(swap.loss, TokenValueLoss) and logits.ndim > 2:
+        logits = logits.movedim(1, -1)  # torch has the classes second, the loss has them last
+    return swap.combine(old, logits, call["target"], **_options(swap.loss, call))
+
+
+@contextmanager
+def _listening(swap: LossSwap) -> Iterator[None]:
+    """Lets a swap hear functional calls inside the ``with`` block."""
+    listener = _Listener.current
+    if listener is not None:
+        listener.swaps.append(swap)
+        try:
+            yield
+        finally:
+            listener.swaps.remove(swap)
+        return
+    _Listener.current = listener = _Listener()
+    listener.swaps.append(swap)
+    try:
+        with listener:
+            yield
+    finally:
+        _Listener.current = None
 
 
 def _bind(func: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -211,10 +306,14 @@ def _options(loss: Loss, call: dict[str, Any]) -> dict[str, Any]:
             options["weight"] = call["weight"]
         if call["ignore_index"] != -100:
             options["ignore_index"] = call["ignore_index"]
+    elif isinstance(loss, TokenValueLoss):
+        options["ignore_index"] = call["ignore_index"]  # class weights stay with the call, beside which this is a term
     elif call["weight"] is not None:
         raise LossplugError(
             f"the replaced call weights its elements, which {type(loss).__name__} cannot carry over", where="SwapLoss"
         )
+    elif call["ignore_index"] != -100:
+        options["ignore_index"] = call["ignore_index"]
     return options
 
 

@@ -19,7 +19,7 @@ class TokenValueLoss(Loss, ABC):
     The value table has one entry per token of the vocabulary, NaN for tokens without a value: [V], or [V, D] for
     vectors. It belongs to a tokenizer and not to a checkpoint, so it is a buffer that is not saved; give it at
     construction, by :meth:`set_values`, or in the call.
-    ``lightning_lossplug.integrations.number_tokens`` builds it from a tokenizer.
+    ``lightning_lossplug.losses.number_values`` builds it from a tokenizer.
 
     Args:
         values: Value table, or None.
@@ -114,7 +114,7 @@ class TokenValueLoss(Loss, ABC):
             raise LossplugError(
                 "has no value table",
                 where=where,
-                remedy="Call set_values(table), or attach_values(loss, tokenizer) of integrations.number_tokens",
+                remedy="Call set_values(table), or attach_values(loss, tokenizer) of losses.number_values",
             )
         if logits.ndim == 0 or target.shape != logits.shape[:-1]:
             raise LossplugError(

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_lossplug.losses import create
-from lightning_lossplug.losses.fused import fused_linear
+from lightning_lossplug.losses.fused import blocks, fused_linear
 
 Method = Callable[..., torch.Tensor]
 
@@ -38,11 +38,23 @@ def plain(h, w, y, loss):
     return create(loss)(logits, y)
 
 
+def without_kernels(method: Method) -> Method:
+    def run(*args):
+        uses_kernels, blocks.uses_kernels = blocks.uses_kernels, lambda z: False
+        try:
+            return method(*args)
+        finally:
+            blocks.uses_kernels = uses_kernels
+
+    return run  # forward only: the tiles' backward uses the kernels again
+
+
 def methods(device: str) -> dict[str, Method]:
     found: dict[str, Method] = {"plain": plain}
-    for backend in ("rows", "tiles", "triton"):
-        if backend != "triton" or device == "cuda":
-            found[backend] = lambda h, w, y, loss, backend=backend: fused_linear(h, w, y, loss, backend=backend)
+    for backend in ("rows", "tiles"):
+        found[backend] = lambda h, w, y, loss, backend=backend: fused_linear(h, w, y, loss, backend=backend)
+        if device == "cuda":
+            found[f"{backend}_no_triton"] = without_kernels(found[backend])
     compiled = torch.compile(lambda h, w, y: F.cross_entropy((h @ w.T).float(), y))
     found["torch.compile"] = lambda h, w, y, loss: compiled(h, w, y)
     if hasattr(F, "linear_cross_entropy"):
@@ -61,6 +73,7 @@ def methods(device: str) -> dict[str, Method]:
     return found
 
 
+ALL = ("plain", "rows", "tiles", "rows_no_triton", "tiles_no_triton", "builtin", "liger", "cce", "cce_exact")
 ONLY_CROSS_ENTROPY = {"torch.compile", "builtin", "liger", "cce", "cce_exact"}
 
 
@@ -105,7 +118,7 @@ def run_once(method: Method, h, w, y, loss: str, device: str) -> dict[str, float
     return {"wall": wall, "cpu": cpu / torch.get_num_threads(), "peak": (memory_kib("VmHWM") - base) / 1024}
 
 
-def measure(shape, dtype, loss, device, repeats, names) -> dict[str, dict[str, float]]:
+def measure(shape, dtype, loss, device, repeats, warmup, names) -> dict[str, dict[str, float]]:
     h, w, y = problem(shape, dtype, device)
     chosen = {
         n: m
@@ -113,7 +126,7 @@ def measure(shape, dtype, loss, device, repeats, names) -> dict[str, dict[str, f
         if n in names and (loss == "cross_entropy" or n not in ONLY_CROSS_ENTROPY)
     }
     runs: dict[str, list[dict[str, float]]] = {}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + warmup):
         for name, method in list(chosen.items()):
             try:
                 result = run_once(method, h, w, y, loss, device)
@@ -121,7 +134,7 @@ def measure(shape, dtype, loss, device, repeats, names) -> dict[str, dict[str, f
                 print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
                 del chosen[name]
                 continue
-            if turn:
+            if turn >= warmup:
                 runs.setdefault(name, []).append(result)
     summary = {}
     for name, results in runs.items():
@@ -176,10 +189,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["4096x576x49152"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--losses", nargs="+", default=["cross_entropy"])
-    parser.add_argument(
-        "--methods", nargs="+", default=["plain", "rows", "tiles", "triton", "builtin", "liger", "cce", "cce_exact"]
-    )
+    parser.add_argument("--methods", nargs="+", default=[*ALL])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -192,7 +204,7 @@ def main() -> None:
             for loss in args.losses:
                 record = {"shape": text, "dtype": dtype_name, "loss": loss, "device": args.device}
                 if args.repeats:
-                    record["speed"] = measure(shape, dtype, loss, args.device, args.repeats, args.methods)
+                    record["speed"] = measure(shape, dtype, loss, args.device, args.repeats, args.warmup, args.methods)
                     table(f"{text} {dtype_name} {loss}: seconds, peak MiB", record["speed"])
                 if args.check:
                     record["error"] = accuracy(shape, dtype, loss, args.device, args.methods)

@@ -1,21 +1,27 @@
 """What the callbacks cost per training step, as ratios against the plain step, measured side by side in one process.
 
-Every round runs each variant for a few steps of an ordinary ``Trainer.fit`` on random images, one variant after the
-other; a ratio is taken within its round, and the median over rounds is reported with the spread. Peak memory is the
-growth of the process's high-water mark in a process per variant.
+Every variant is an ordinary ``Trainer.fit`` on random images; the fits take turns after every step (as greenlets, in
+one thread: threads of their own would each bring a pool of workers and slow each other down), so that a round has one
+step of each variant. Ratios are taken within a round; their median is reported with its 95 % interval (bootstrap).
+``plain again`` is the same as ``plain``: what it shows is the noise of the comparison. ``own`` is the part of a step
+spent in the techniques' own code outside forward and backward (clock, masks, penalties), timed directly. Peak memory
+is the high-water mark of a process per variant.
 
-Run: python tests/benchmarks/bench_step.py --models vit_tiny_patch16_224 resnet18 --rounds 7 --steps 4
+Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_step.py --models vit_tiny_patch16_224 resnet18 --rounds 30
 """
 
 import argparse
 import json
 import logging
 import multiprocessing
-import resource
+import random
+import re
 import statistics
 import time
 import warnings
+from pathlib import Path
 
+import greenlet
 import lightning.pytorch as pl
 import torch
 
@@ -24,70 +30,117 @@ from lightning_lossplug.integrations import ImageClassifier
 
 VARIANTS = {
     "plain": list,
+    "plain again": list,
     "idle (dense phase, cross_entropy for cross_entropy)": lambda: [
         SwapLoss("cross_entropy"),
         NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.9, finetune_fraction=0.0, decay_end=1.0),
     ],
     "2:4 nm_srste, mask every step": lambda: [NMSparsity(2, 4, "nm_srste")],
     "2:4 nm_srste, mask every 10 steps": lambda: [NMSparsity(2, 4, "nm_srste", mask_update_every=10)],
+    "2:4 mdgf_linear, mask every step": lambda: [NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.0)],
     "1:16 mdgf_exponential, mask every step": lambda: [
         NMSparsity(1, 16, "mdgf_exponential", dense_fraction=0.0, indivisible="skip")
     ],
 }
+WARM_UP = 2
 
 
-class Clock(pl.Callback):
-    """Seconds of every step, first ones of a fit left out."""
-
-    def __init__(self, skip: int) -> None:
-        self.skip, self.wall, self.cpu, self.count = skip, [], [], 0
+class Start(pl.Callback):
+    """First in the list: starts the clock."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.count >= self.skip:
-            self.started = time.perf_counter(), time.process_time()
-        self.count += 1
+        self.started = time.perf_counter(), time.process_time()
+
+
+class End(pl.Callback):
+    """Last in the list: stops the clock, and lets the next variant go on."""
+
+    def __init__(self, start):
+        self.start, self.seconds, self.own = start, [], [0.0]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.count > self.skip:
-            self.wall.append(time.perf_counter() - self.started[0])
-            self.cpu.append(time.process_time() - self.started[1])
+        wall, cpu = self.start.started
+        self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
+        self.own.append(0.0)
+        parent = greenlet.getcurrent().parent
+        if parent is not None:
+            parent.switch()
 
 
-def fit(module, callbacks, loader, steps, skip=1):
-    """Runs ``steps`` steps and returns the median seconds of one, wall and processor time."""
-    clock = Clock(skip)
-    # The clock stands first at the start of a step and last at its end: every callback's work is inside.
-    start, end = clock.on_train_batch_start, clock.on_train_batch_end
-    first, last = pl.Callback(), pl.Callback()
-    first.on_train_batch_start, last.on_train_batch_end = start, end
+def timed(function, seconds):
+    """The function, which adds the seconds it takes to the last entry of a list."""
+
+    def call(*arguments, **options):
+        start = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds[-1] += time.perf_counter() - start
+
+    return call
+
+
+def fit(module, callbacks, batch, steps):
+    """Runs ``steps`` steps; returns the seconds of each and those spent in the techniques' own code."""
+    start = Start()
+    end = End(start)
+    for technique in (c.technique for c in callbacks if hasattr(c, "technique")):
+        for method in ("before_step", "after_step", "advance"):
+            setattr(technique, method, timed(getattr(technique, method), end.own))
     trainer = pl.Trainer(
-        max_steps=steps + skip,
+        max_steps=steps,
         accelerator="cpu",
         devices=1,
-        callbacks=[first, *callbacks, last],
+        callbacks=[start, *callbacks, end],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader)
-    return statistics.median(clock.wall), statistics.median(clock.cpu)
+    trainer.fit(module, loader_for(batch))
+    return end.seconds, end.own[:-1]
 
 
 def loader_for(batch):
     """Random images, always the same batch."""
-    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
-    return torch.utils.data.DataLoader([(images, labels)] * 64, batch_size=None)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 224, 224, generator=generator)
+    labels = torch.randint(0, 1000, (batch,), generator=generator)
+    return torch.utils.data.DataLoader([(images, labels)] * 1000, batch_size=None)
+
+
+def side_by_side(model, batch, rounds):
+    """Seconds of every step by variant, one step of each per round, in an order drawn anew."""
+    steps, found, order = rounds + WARM_UP, {}, list(VARIANTS)
+
+    def run(name):
+        torch.manual_seed(0)
+        found[name] = fit(ImageClassifier(model), VARIANTS[name](), batch, steps)
+
+    fits = {name: greenlet.greenlet(run) for name in VARIANTS}
+    for _ in range(steps):
+        random.shuffle(order)
+        for name in order:
+            fits[name].switch(*() if fits[name] else (name,))
+    for name in VARIANTS:
+        fits[name].switch()  # to the end of its fit
+    return {name: found[name] for name in VARIANTS}
+
+
+def interval(ratios, draws=2000):
+    """The 95 % interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def peak_memory(model, variant, batch, queue):
-    """Growth of the high-water mark over a few steps, in MiB, in a process of its own."""
+    """High-water mark of a few steps, in MiB, in a process of its own."""
     quiet()
     torch.set_num_threads(2)
-    module, loader = ImageClassifier(model), loader_for(batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fit(module, VARIANTS[variant](), loader, 2)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    fit(ImageClassifier(model), VARIANTS[variant](), batch, 3)
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    queue.put(int(peak[1]) / 1024)
 
 
 def quiet():
@@ -101,46 +154,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "resnet18"])
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", default=None)
     arguments = parser.parse_args()
     quiet()
-    torch.set_num_threads(arguments.threads)
     results = []
     for model in arguments.models:
-        torch.manual_seed(0)
-        loader = loader_for(arguments.batch)
-        modules = {name: ImageClassifier(model) for name in VARIANTS}
-        callbacks = {name: make() for name, make in VARIANTS.items()}
-        rounds = {name: [] for name in VARIANTS}
-        for _ in range(arguments.rounds):
-            for name in VARIANTS:
-                rounds[name].append(fit(modules[name], callbacks[name], loader, arguments.steps))
-        for name in VARIANTS:
-            ratios = [[a[k] / b[k] for a, b in zip(rounds[name], rounds["plain"], strict=True)] for k in (0, 1)]
+        found = side_by_side(model, arguments.batch, arguments.rounds)
+        plain = found["plain"][0][WARM_UP:]
+        for name, (seconds, own) in found.items():
+            pairs = list(zip(seconds[WARM_UP:], plain, strict=True))
+            wall, cpu = ([a[k] / b[k] for a, b in pairs] for k in (0, 1))
             row = {
                 "model": model,
                 "variant": name,
-                "seconds": statistics.median(wall for wall, _ in rounds[name]),
-                "wall_ratio": statistics.median(ratios[0]),
-                "cpu_ratio": statistics.median(ratios[1]),
-                "cpu_ratio_spread": [min(ratios[1]), max(ratios[1])],
+                "seconds": statistics.median(a[0] for a, _ in pairs),
+                "wall_ratio": statistics.median(wall),
+                "wall_interval": interval(wall),
+                "cpu_ratio": statistics.median(cpu),
+                "cpu_interval": interval(cpu),
+                "own": statistics.mean(own[WARM_UP:]) / statistics.median(b[0] for _, b in pairs),
             }
             if not arguments.no_memory:
-                queue = multiprocessing.get_context("spawn").Queue()
-                process = multiprocessing.get_context("spawn").Process(
-                    target=peak_memory, args=(model, name, arguments.batch, queue)
-                )
+                context = multiprocessing.get_context("spawn")
+                queue = context.Queue()
+                process = context.Process(target=peak_memory, args=(model, name, arguments.batch, queue))
                 process.start()
                 row["peak_mib"] = queue.get()
                 process.join()
             results.append(row)
             print(
-                f"{model:22} {name:52} {row['seconds']:7.3f} s  wall x{row['wall_ratio']:.3f}  "
-                f"cpu x{row['cpu_ratio']:.3f} [{min(ratios[1]):.3f}, {max(ratios[1]):.3f}]"
+                f"{model:22} {name:52} {row['seconds']:7.3f} s  wall x{row['wall_ratio']:.3f} "
+                f"[{row['wall_interval'][0]:.3f}, {row['wall_interval'][1]:.3f}]  cpu x{row['cpu_ratio']:.3f} "
+                f"[{row['cpu_interval'][0]:.3f}, {row['cpu_interval'][1]:.3f}]  own {row['own']:.2%}"
                 + (f"  peak {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""),
                 flush=True,
             )

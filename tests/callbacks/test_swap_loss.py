@@ -376,3 +376,71 @@ def test_bad_runs_stop_before_training(callbacks, module, message):
         make_trainer(callbacks=callbacks).fit(module, data())
     assert wrapped_methods(module) == ()
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+class TwoHeads(Plain):
+    """Two classifications and a regression in one step."""
+
+    def training_step(self, batch, batch_idx):
+        z = self.net(batch[0])
+        first, second = F.cross_entropy(z, batch[1]), F.cross_entropy(-z, batch[1])
+        return first + 10 * second + 100 * F.mse_loss(z, torch.ones_like(z))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_heads_of_their_own(order):
+    loader, module = data(), TwoHeads()
+    x, y, *_ = next(iter(loader))
+    z = module.net(x)
+    want = create("focal")(z, y) + 10 * (create("gce")(-z, y) + create("poly_loss")(-z, y))
+    want = want + 100 * create("pseudo_huber")(z, torch.ones_like(z)) + create("poly_loss")(z, y)
+    callbacks = [
+        SwapLoss("focal", call=0),
+        SwapLoss("gce", call=1),
+        SwapLoss("poly_loss", mode="add"),
+        SwapLoss("pseudo_huber"),
+    ][::order]
+    recorder = Recorder()
+    make_trainer(max_steps=1, callbacks=[*callbacks, recorder]).fit(module, loader)
+    assert torch.allclose(recorder.losses[0], want.detach())
+    assert wrapped_methods(module) == ()
+
+
+def test_a_call_that_never_comes_and_calls_taken_twice():
+    with pytest.raises(LossplugError, match="only 1 losses"):
+        make_trainer(max_steps=1, callbacks=[SwapLoss("focal", call=1)]).fit(Plain(), data())
+    with pytest.raises(LossplugError, match="both replace"):
+        make_trainer(max_steps=1, callbacks=[SwapLoss("focal", call=1), SwapLoss("gce")]).fit(TwoHeads(), data())
+    with pytest.raises(LossplugError, match="counts functional calls"):
+        SwapLoss("focal", call=0, where="criterion")
+
+
+class HomeMadeLoss(nn.Module):
+    """A criterion that calls torch's function inside."""
+
+    def forward(self, z, y):
+        return 2 * F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_replacement_and_an_added_term_in_any_order(order):
+    for module, scale in ((Plain(), 1.0), (AttributeCriterion(HomeMadeLoss()), 2.0)):
+        loader = data()
+        state = {k: v.clone() for k, v in module.state_dict().items()}
+        want = expected(module, loader, create("gce")) + expected(module, loader, create("focal"))
+        callbacks = [SwapLoss("gce"), SwapLoss("focal", mode="add")][::order]
+        recorder = Recorder()
+        make_trainer(max_steps=1, callbacks=[*callbacks, recorder]).fit(module, loader)
+        assert torch.allclose(recorder.losses[0], want)
+        module.load_state_dict(state)
+        old = scale * expected(module, loader, F.cross_entropy)
+        callbacks = [SwapLoss("gce", weight=0.5), SwapLoss("focal", mode="add")][::order]
+        recorder = Recorder()
+        make_trainer(max_steps=1, callbacks=[*callbacks, recorder]).fit(module, loader)
+        want = 0.5 * old + 0.5 * expected_at(state, module, loader, "gce") + expected_at(state, module, loader, "focal")
+        assert torch.allclose(recorder.losses[0], want)
+
+
+def expected_at(state, module, loader, name):
+    module.load_state_dict(state)
+    return expected(module, loader, create(name))

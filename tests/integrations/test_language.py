@@ -313,3 +313,8 @@ def test_text_mistakes(tmp_path, text):
         text(block_size=1)
     with pytest.raises(LossplugError, match="their sum below 1"):
         text(val_fraction=0.5, test_fraction=0.5)
+
+
+def test_a_model_object_is_refused_with_advice():
+    with pytest.raises(LossplugError, match="LightningModule of your own"):
+        CausalLM(model=torch.nn.Linear(2, 2))

@@ -7,6 +7,8 @@ the shorter way where the gradient needs the probabilities alone. None of them n
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -47,11 +49,13 @@ class Scratch:
 
     def __init__(self, rows: int, columns: int, like: Tensor) -> None:
         self.rows = block_rows(rows, columns, like)
-        dtype = statistics_dtype(like.dtype)
-        self.buffers = torch.empty(2, self.rows * columns, dtype=dtype, device=like.device)
+        self.dtype, self.device, self.size = statistics_dtype(like.dtype), like.device, self.rows * columns
+        self.buffers: Tensor | None = None
 
     def of(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Returns two contiguous views [rows, columns]."""
+        if self.buffers is None:  # not at once: the kernels for GPUs do without
+            self.buffers = torch.empty(2, self.size, dtype=self.dtype, device=self.device)
         first, second = self.buffers[:, : rows * columns].view(2, rows, columns)
         return first, second
 
@@ -62,6 +66,16 @@ def block_rows(rows: int, columns: int, like: Tensor) -> int:
         return max(rows, 1)
     width = columns * statistics_dtype(like.dtype).itemsize
     return max(1, min(rows, max(2 * torch.get_num_threads(), CACHE_BYTES // width)))
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_kernels(z: Tensor) -> bool:
+    """Whether the passes over a tile are Triton kernels."""
+    return z.is_cuda and z.dtype != torch.float64 and z.stride(1) == 1 and _has_triton()
 
 
 def capped(z: Tensor, softcap: float | None) -> Tensor:
@@ -83,7 +97,13 @@ def reduce_tile(
     """Returns log-sum-exp, target logit (garbage outside the tile), sum and sum of squares of each row, [R] each."""
     rows, columns = z.shape
     dtype = statistics_dtype(z.dtype)
-    lse = z.new_empty(rows, dtype=dtype)
+    target = capped(z.gather(1, tile.column).squeeze(1).to(dtype), tile.softcap)
+    if uses_kernels(z):
+        from lightning_lossplug.losses.fused import kernels
+
+        lse, total, sumsq = kernels.reduce_rows(z, tile.u, tile.softcap, need_sum, need_sumsq)
+        return lse, target, total, sumsq
+    lse = torch.empty_like(target)
     total = torch.empty_like(lse) if need_sum else None
     sumsq = torch.empty_like(lse) if need_sumsq else None
     for i in range(0, rows, scratch.rows):
@@ -98,7 +118,6 @@ def reduce_tile(
             total[block] = s.sum(dim=1) if tile.u is None else s @ tile.u
         if sumsq is not None:
             sumsq[block] = torch.linalg.vector_norm(s, dim=1).square_()
-    target = capped(z.gather(1, tile.column).squeeze(1).to(dtype), tile.softcap)
     return lse, target, total, sumsq
 
 
@@ -113,6 +132,12 @@ def softmax_rows(
     rows, columns = z.shape
     dtype = statistics_dtype(z.dtype)
     target = z.gather(1, index).squeeze(1).to(dtype)
+    if uses_kernels(z):
+        from lightning_lossplug.losses.fused import kernels
+
+        lse, total, _ = kernels.reduce_rows(z, u, None, need_sum, False)
+        one = torch.ones_like(lse)
+        return lse, target, total, kernels.write_rows(z, index, None, None, None, lse, one, None, None)
     lse, at_label = torch.empty_like(target), torch.empty_like(target)
     total = torch.empty_like(target) if need_sum else None
     for i in range(0, rows, scratch.rows):
@@ -144,6 +169,14 @@ def write_gradient(
         and its share of the weight's gradient is a sum of few terms. Zero for rows whose label is elsewhere.
     """
     rows, columns = z.shape
+    if uses_kernels(z):
+        from lightning_lossplug.losses.fused import kernels
+
+        by = (grads.lse, grads.sum, grads.sumsq)
+        at_label = kernels.write_rows(z, tile.column, tile.inside, tile.u, tile.softcap, lse, *by)
+        if columns_sum is not None:
+            columns_sum.add_(z.sum(dim=0, dtype=columns_sum.dtype))
+        return at_label
     at_label = torch.zeros_like(lse)
     # softmax over the tile times exp(tile_lse - lse) is exp(z - lse), by the faster kernel.
     by_softmax = z.device.type == "cpu" and not bool((tile_lse == -torch.inf).any())

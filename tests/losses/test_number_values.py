@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.integrations import smollm2_path
-from lightning_lossplug.integrations.number_tokens import attach_values, number_values, token_value
 from lightning_lossplug.losses import create
+from lightning_lossplug.losses.number_values import attach_values, number_values, token_value
 
 TEXT = [
     "the price is 3 and 42, not 1.5 or 7 or 80 69",

@@ -93,3 +93,12 @@ def attach_values(
     digit_level = loss.digit_level if isinstance(loss, NumberToken) else True
     loss.set_values(number_values(tokenizer, digit_level, vocab_size, markers))
     return loss
+
+
+def tokenizer_of(*owners: Any) -> Any | None:
+    """Returns the first tokenizer among objects and their ``tokenizer`` attributes, or None."""
+    for owner in owners:
+        for candidate in (getattr(owner, "tokenizer", None), owner):
+            if callable(getattr(candidate, "get_vocab", None)):
+                return candidate
+    return None
