@@ -7,9 +7,9 @@ import itertools
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +58,25 @@ def run(arguments: list[str]) -> None:
     from lightning_lossplug.cli.quiet import lightning_output
 
     check_device(options.device)
-    with lightning_output():
+    with lightning_output(), no_transformers_bars():
         summary = shrink(options, settings, output)
     if options.json:
         print(to_json(summary))
     else:
         _print(summary)
+
+
+@contextmanager
+def no_transformers_bars() -> Iterator[None]:
+    """Silences the progress bars of loading, which go to the standard error."""
+    bars = require("transformers.utils.logging", "transformers", "lossplug shrink-kv")
+    before = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            bars.enable_progress_bar()
 
 
 def read_settings(options: Any) -> Any:

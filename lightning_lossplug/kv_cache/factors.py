@@ -124,18 +124,23 @@ def asvd_init(weight: Tensor, scale: Tensor, rank: int, alpha: float = 0.5) -> t
     return (u[:, :rank] * root / d[:, None]).to(weight.dtype), (root[:, None] * v[:rank]).to(weight.dtype)
 
 
-def whitened_init(gram: Tensor, weight: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def whitened_init(
+    gram: Tensor, weight: Tensor | None, rank: int, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""The closed-form optimum of :math:`\|X W - X A B\|_F^2` over rank r.
 
     :math:`A = W V_r`, :math:`B = V_r^\top`, where :math:`V_r` are the leading eigenvectors of
     :math:`W^\top (X^\top X) W` (Eckart-Young); the same product as the SVD of the Cholesky-whitened weight (SVD-LLM,
     arXiv 2403.07378; Palu, arXiv 2407.21118). No other factors, trained ones included, have a smaller error on the
-    calibration inputs.
+    calibration inputs. With a metric :math:`M = R^2` the error is that of :math:`(X W - X A B) R`, and
+    :math:`A = W R V_r`, :math:`B = V_r^\top R^{-1}` with the eigenvectors of :math:`R W^\top (X^\top X) W R`.
 
     Args:
         gram: :math:`X^\top X` up to a factor, ``[h, h]``.
         weight: W, ``[h, c]``; None for the identity, when ``gram`` is that of the projected vectors.
         rank: r, in 1 .. c.
+        metric: M, symmetric ``[c, c]``, what an error costs further on, up to a factor (eigenvalues below 1e-4 of the
+            largest are raised to that); None for the identity.
 
     Returns:
         A ``[h, r]`` and B ``[r, c]``, columns of A in order of falling energy.
@@ -145,11 +150,15 @@ def whitened_init(gram: Tensor, weight: Tensor | None, rank: int) -> tuple[Tenso
     """
     projected = gram.double() if weight is None else weight.double().T @ gram.double() @ weight.double()
     check_rank(rank, len(projected), "whitened_init")
-    _, vectors = torch.linalg.eigh(projected)
-    leading = vectors[:, -rank:].flip(-1)
-    a = leading if weight is None else weight.double() @ leading
+    root = inverse = torch.eye(len(projected), dtype=torch.float64, device=projected.device)
+    if metric is not None:
+        values, vectors = torch.linalg.eigh(metric.double())
+        values = values.clamp_min(1e-4 * float(values.amax()))
+        root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    leading = torch.linalg.eigh(root @ projected @ root)[1][:, -rank:].flip(-1)
+    a = root @ leading if weight is None else weight.double() @ root @ leading
     dtype = gram.dtype if weight is None else weight.dtype
-    return a.to(dtype), leading.T.contiguous().to(dtype)
+    return a.to(dtype), (leading.T @ inverse).to(dtype)
 
 
 def encoder_of(decode: Tensor) -> Tensor:

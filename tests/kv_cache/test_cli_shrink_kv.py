@@ -89,8 +89,8 @@ def test_json_bits_and_perplexity(model, text, tmp_path):
         (["--budget", "0.001"], "some rank rounds to 0. Give at least"),
         (["--tokens", "20"], "has 20 tokens, at least 32 are needed"),
         (["--device", "tpu"], "there is no device 'tpu'"),
-        (["--init", "svf"], "Did you mean 'svd'?"),
-        (["--budgt", "0.2"], "Did you mean '--budget'?"),
+        (["--init", "svf"], "init is 'svf'. Did you mean 'svd'"),
+        (["--budgt", "0.2"], "unknown option --budgt. Did you mean '--budget'"),
     ],
 )
 def test_mistakes_are_one_line(model, text, arguments, words, tmp_path):

@@ -105,6 +105,21 @@ def test_whitened_is_the_optimum_and_its_error_the_tail(seed, rank):
     torch.testing.assert_close(x @ w @ e @ d, x @ a @ b, rtol=1e-6, atol=1e-6)
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, rank=st.integers(1, C - 1))
+def test_a_metric_counts_the_error_where_it_arrives(seed, rank):
+    x, w = problem(seed)
+    out = torch.randn(C, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = x.T @ x
+    a, b = whitened_init(gram, w, rank, out @ out.T)
+    error = float(((x @ w - x @ a @ b) @ out).square().sum())
+    assert error == pytest.approx(float(torch.linalg.svdvals(x @ w @ out)[rank:].square().sum()), rel=1e-3)
+    plain = torch.matmul(*whitened_init(gram, w, rank))
+    assert error <= float(((x @ w - x @ plain) @ out).square().sum()) * (1 + 1e-6)
+    even = torch.matmul(*whitened_init(gram, w, rank, 3.0 * torch.eye(C)))
+    torch.testing.assert_close(even, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_svd_is_the_best_for_white_inputs_and_asvd_for_diagonal_ones():
     x, w = problem()
     white = torch.linalg.qr(x)[0]
