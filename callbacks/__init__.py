@@ -14,6 +14,7 @@ from lightning_lossplug.registry import register_path
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.exact_resume import ExactResume
+    from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAM",
     "ExactResume",
+    "KVChannelShrink",
     "NMSparsity",
     "SwapLoss",
     "TechniqueCallback",
@@ -34,6 +36,7 @@ __all__ = [
 _HOME = {
     "SAM": "sam",
     "ExactResume": "exact_resume",
+    "KVChannelShrink": "kv_channel_shrink",
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
@@ -45,6 +48,7 @@ _HOME = {
 
 for _name, _family in {
     "ExactResume": "resume",
+    "KVChannelShrink": "kv_cache",
     "NMSparsity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",

@@ -20,6 +20,8 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "BatchedDataModule": ("data.module", _LIGHTNING),
     "ResumableLoader": ("data.loader", {}),
     "read_idx": ("data.idx", {}),
+    "ChannelShrunkCache": ("kv_cache", {"transformers": "transformers"}),
+    "decode_perplexity": ("kv_cache", {"transformers": "transformers", "torchmetrics": "lightning"}),
     "load_causal_lm": ("pretrained", {}),
     "load_tokenizer": ("pretrained", {}),
     "smollm2_path": ("pretrained", {}),

@@ -17,6 +17,7 @@ COMMANDS = {
     "fit": "train by configuration (LightningCLI): model, data, callbacks",
     "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
     "export": "write a checkpoint as a plain folder for timm, transformers or torch",
+    "shrink-kv": "calibrate a language model for a KV cache of a fraction of the bytes",
     "list": "losses, recipes, schedules, callbacks, models, data, metrics, configs",
     "show": "what a name means: formula, parameters, source, plot",
 }
@@ -71,7 +72,7 @@ def _dispatch(given: list[str]) -> None:
     if command not in COMMANDS:
         kind, known = ("option", OPTIONS) if command.startswith("-") else ("command", tuple(COMMANDS))
         raise LossplugError(f"unknown {kind} {command!r}", remedy=suggestion(command, known))
-    importlib.import_module(f"lightning_lossplug.cli.{command}").run(rest)
+    importlib.import_module(f"lightning_lossplug.cli.{command.replace('-', '_')}").run(rest)
 
 
 def usage() -> str:

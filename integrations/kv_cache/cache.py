@@ -1,0 +1,191 @@
+"""The cache that ``generate`` takes, and the hooks that bring it the rotary tables."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.history import RotaryHistory
+from lightning_lossplug.integrations.kv_cache.layer import ChannelShrunkLayer
+from lightning_lossplug.kv_cache.attention import AttentionBlock, block_input, rotary_tables
+from lightning_lossplug.kv_cache.plan import KVFactors
+from lightning_lossplug.kv_cache.size import cache_bytes
+from lightning_lossplug.kv_cache.store import nbytes
+
+_HANDLES = "_lossplug_kv_hooks"
+
+
+class ChannelShrunkCache(Cache):
+    """A KV cache that keeps low-rank codes of old tokens and the exact keys and values of recent ones.
+
+    ``model.generate(**inputs, past_key_values=ChannelShrunkCache(model, factors))``; everything else stays as it is.
+    The prompt is processed exactly, its codes are read from the first generated token on; with chunked prefill or in
+    a second turn the later part reads codes of the earlier one. At full rank it equals the stock cache. Layers with a
+    sliding window or a state keep the cache transformers gives them. Every step rebuilds all old keys and values of
+    one layer at a time, so memory is saved and time is not. Assisted decoding is refused, since codes can't be
+    taken back. (After CSKV, arXiv 2409.10593, with codes of keys instead of hidden states.)
+
+    Making one puts hooks on the model's attention blocks, once; they do nothing for other caches, and
+    :func:`remove_cache_hooks` takes them off.
+
+    Args:
+        model: The model.
+        factors: Its factors (:func:`shrink_kv`, :func:`load_kv_factors`).
+        window: Recent tokens kept exactly, the current one among them; None: as the factors' settings say.
+
+    Raises:
+        LossplugError: The factors are of another model, the window is below 1, or the attention implementation keeps a
+            cache of its own (paged, flex).
+    """
+
+    def __init__(self, model: nn.Module, factors: KVFactors, window: int | None = None) -> None:
+        self.blocks = factors.check(model)
+        self.factors = factors
+        self.window = factors.settings.window if window is None else window
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise LossplugError(f"window is {window!r}, allowed are whole numbers from 1", where="ChannelShrunkCache")
+        settings = factors.settings
+        config = next(iter(self.blocks.values())).module.config
+        _check_attention(config)
+        layers = []
+        for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
+            if index in self.blocks:
+                rotary = self.blocks[index].rotary
+                layers.append(
+                    ChannelShrunkLayer(factors.layers[index], rotary, self.window, settings.k_bits, settings.v_bits)
+                )
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
+        super().__init__(layers=layers)
+        self.histories: list[RotaryHistory] = []
+        attach_cache_hooks(model, self.blocks)
+
+    def shrunk_layers(self) -> dict[int, ChannelShrunkLayer]:
+        """Returns the layers that keep codes."""
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, ChannelShrunkLayer)}
+
+    def announce(self, index: int, cos: Tensor, sin: Tensor) -> None:
+        """Keeps the tables of the tokens that a layer is about to add; called by the hook."""
+        layer = self.layers[index]
+        tokens = cos.shape[1]
+        history = layer.history
+        if history is None:
+            fitting = (h for h in self.histories if len(h) == layer.seen + tokens and h.same(cos))
+            history = next(fitting, None)
+            if history is None:
+                history = RotaryHistory()
+                self.histories.append(history)
+        if len(history) == layer.seen:
+            history.append(cos, sin)
+        layer.announce(history, tokens)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        super().reset()
+        self.histories.clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        for history in self.histories:
+            history.apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        super().batch_repeat_interleave(repeats)
+        for history in self.histories:
+            history.apply(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        super().batch_select_indices(indices)
+        for history in self.histories:
+            history.apply(lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, as long as they are exact."""
+        super().crop(tokens_to_remove)
+        for history in self.histories:
+            if history.tables is not None and tokens_to_remove:
+                history.tables, history.last = history.tables[:, :, : -abs(tokens_to_remove)].clone(), None
+
+    def activate_past_recording(self) -> None:
+        """Called by assisted decoding, which takes tokens back.
+
+        Raises:
+            LossplugError: Always: tokens that are coded can't be taken back.
+        """
+        raise LossplugError(
+            "assisted decoding takes tokens back, which a cache of codes can't",
+            where="ChannelShrunkCache",
+            remedy="Generate without an assistant, or without this cache",
+        )
+
+    def nbytes(self) -> int:
+        """Returns the bytes of the live tensors of the shrunk layers and of the rotary tables."""
+        tables = sum(nbytes(history.tables) for history in self.histories)
+        return tables + sum(layer.nbytes() for layer in self.shrunk_layers().values())
+
+    def expected_bytes(self) -> int:
+        """Returns the same by formula (:func:`lightning_lossplug.kv_cache.cache_bytes`)."""
+        layers = [layer for layer in self.shrunk_layers().values() if layer.is_initialized]
+        if not layers:
+            return 0
+        element_bytes = layers[0].keys.element_size()
+        rotary = sum(
+            h.tables[:, :, 0].numel() * h.tables.element_size() for h in self.histories if h.tables is not None
+        )
+        return cache_bytes(
+            self.factors.branches(),
+            layers[0].seen,
+            self.window,
+            element_bytes,
+            batch=layers[0].keys.shape[0],
+            rotary=rotary,
+        )
+
+
+def attach_cache_hooks(model: nn.Module, blocks: dict[int, AttentionBlock]) -> None:
+    """Puts the hooks on a model's attention blocks, unless they are there."""
+    for block in blocks.values():
+        if _HANDLES not in vars(block.module):
+            hook = partial(_announce, block.index, block.cache, block.path)
+            handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
+            vars(block.module)[_HANDLES] = handle
+
+
+def remove_cache_hooks(model: nn.Module) -> None:
+    """Takes the hooks off again; caches made before raise when they are used."""
+    for module in model.modules():
+        handle: RemovableHandle | None = vars(module).pop(_HANDLES, None)
+        if handle is not None:
+            handle.remove()
+
+
+def _announce(
+    index: int, argument: str, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    cache = kwargs.get(argument)
+    if isinstance(cache, ChannelShrunkCache):
+        cos, sin = rotary_tables(cache.blocks[index], kwargs)
+        tokens = block_input(args, kwargs).shape[1]
+        if cos.shape[1] != tokens:
+            raise LossplugError(f"{cos.shape[1]} rotary tables for {tokens} tokens", where=path)
+        cache.announce(index, cos, sin)
+
+
+def _check_attention(config: Any) -> None:
+    name = str(getattr(config, "_attn_implementation", None) or "eager")
+    if name.startswith("paged") or name == "flex_attention":
+        raise LossplugError(
+            f"the attention implementation {name!r} is not supported",
+            where="ChannelShrunkCache",
+            remedy="model.set_attn_implementation('sdpa'), 'eager' or 'flash_attention_2'",
+        )

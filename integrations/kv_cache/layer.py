@@ -1,0 +1,199 @@
+"""One layer of a shrunk cache: codes of old tokens, exact keys and values of recent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.history import RotaryHistory
+from lightning_lossplug.kv_cache.attention import join_heads, split_heads
+from lightning_lossplug.kv_cache.factors import Factors
+from lightning_lossplug.kv_cache.plan import LayerFactors
+from lightning_lossplug.kv_cache.rotary import Rotary
+from lightning_lossplug.kv_cache.store import CodeStore, nbytes
+
+
+class ChannelShrunkLayer(DynamicLayer):
+    """Keys are coded before rotation and rotated again when they are rebuilt; recent tokens stay as they came.
+
+    Args:
+        factors: Of this layer.
+        rotary: How its keys are rotated.
+        window: Recent tokens kept exactly, the current one among them.
+        k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
+        v_bits: The same for values.
+    """
+
+    is_croppable = False  # codes can't be taken back
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int) -> None:
+        super().__init__()
+        self.factors, self.rotary, self.window = factors, rotary, window
+        self.key_codes = CodeStore(factors.keys.rank, k_bits)
+        self.value_codes = CodeStore(factors.values.rank, v_bits)
+        self.history: RotaryHistory | None = None
+        self.seen = 0
+        self.announced = 0  # tokens whose tables the hook has handed over
+        self.encoders: tuple[Factors, Factors]
+        self.decoders: tuple[Factors, Factors]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype and device from the first keys."""
+        super().lazy_initialization(key_states, value_states)
+        batch, heads, _, width = key_states.shape
+        expected, given = self.factors.keys.width, heads * width
+        if expected != given:
+            raise LossplugError(
+                f"the factors are for {expected} key channels, the model has {given}",
+                where="ChannelShrunkCache",
+                remedy="Load the factors of this model",
+            )
+        pair = (self.factors.keys, self.factors.values)
+        # codes are written in float32 whatever the model's dtype: one token a step, and it is rounded once only
+        self.encoders = tuple(f.to(self.device, torch.float32) for f in pair)  # type: ignore[assignment]
+        self.decoders = tuple(f.to(self.device, self.dtype) for f in pair)  # type: ignore[assignment]
+        self.keys = key_states.new_empty(batch, heads, 0, width)
+        self.values = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
+
+    def announce(self, history: RotaryHistory, tokens: int) -> None:
+        """Says where the tables of the next ``tokens`` tokens are; called by the hook before the block runs."""
+        self.history, self.announced = history, self.seen + tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds new tokens; returns all keys and values, old ones rebuilt from their codes.
+
+        Raises:
+            LossplugError: The model's hooks are not in place, or the batch has changed.
+        """
+        new = key_states.shape[-2]
+        if self.history is None or self.announced != self.seen + new:
+            raise LossplugError(
+                "the cache is used without its hooks, so it doesn't know the rotary tables",
+                where="ChannelShrunkCache",
+                remedy="Use it with the model it was made for: ChannelShrunkCache(model, factors)",
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if self.seen and self.keys.shape[0] != key_states.shape[0]:
+            raise LossplugError(
+                f"the cache holds {self.keys.shape[0]} rows and is given {key_states.shape[0]}",
+                where="ChannelShrunkCache",
+                remedy="Make a new one, or call reset()",
+            )
+        first = self.seen == 0
+        self.seen += new
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        if not first:
+            self._encode(keep=max(self.window, new))
+        keys, values = self._all()
+        self._encode(keep=self.window)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def _encode(self, keep: int) -> None:
+        """Turns all exact tokens but the last ``keep`` into codes."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.history is not None
+        old = self.keys.shape[-2] - keep
+        if old <= 0:
+            return
+        start = len(self.key_codes)
+        tables = (table.float() for table in self.history.read(start, start + old))
+        plain = join_heads(self.rotary.unrotate(self.keys[:, :, :old].float(), *tables))
+        keys, values = self.encoders
+        self.key_codes.append(keys.code(plain).to(self.dtype))
+        self.value_codes.append(values.code(join_heads(self.values[:, :, :old]).float()).to(self.dtype))
+        # a slice would keep the memory of the whole
+        self.keys = self.keys[:, :, old:].clone()
+        self.values = self.values[:, :, old:].clone()
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.history is not None
+        old, heads = len(self.key_codes), self.keys.shape[1]
+        if not old:
+            return self.keys, self.values
+        k, v = self.decoders
+        plain = split_heads(k.rebuild(self.key_codes.read(self.dtype)), heads)
+        rebuilt = self.rotary.rotate(plain, *self.history.read(0, old))
+        values = split_heads(v.rebuild(self.value_codes.read(self.dtype)), heads)
+        return torch.cat([rebuilt.to(self.dtype), self.keys], dim=-2), torch.cat([values, self.values], dim=-2)
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+            self.key_codes.apply(function)
+            self.value_codes.apply(function)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        self._apply(lambda t: t[indices])
+
+    def offload(self) -> None:
+        """Moves codes and exact tokens to the CPU."""
+        self._apply(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves them back."""
+        self._apply(lambda t: t.to(self.device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, as long as they are exact.
+
+        Args:
+            tokens_to_remove: Negative, as transformers says it.
+
+        Raises:
+            LossplugError: Some of them are coded already.
+        """
+        count = abs(tokens_to_remove)
+        if count == 0 or not self.is_initialized:
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.history is not None
+        if count > self.keys.shape[-2] or tokens_to_remove > 0:
+            raise LossplugError(
+                f"{count} tokens can't be taken back, {self.keys.shape[-2]} are kept exactly",
+                where="ChannelShrunkCache.crop",
+                remedy="Use a larger window, or another cache for this kind of decoding",
+            )
+        self.keys, self.values = self.keys[:, :, :-count].clone(), self.values[:, :, :-count].clone()
+        self.seen -= count
+        self.announced = self.seen
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.key_codes.clear()
+        self.value_codes.clear()
+        self.history, self.seen, self.announced = None, 0, 0
+
+    def nbytes(self) -> int:
+        """Returns the bytes of the live tensors, rotary tables and factors not included."""
+        return nbytes(self.keys, self.values, *self.key_codes.parts, *self.value_codes.parts)

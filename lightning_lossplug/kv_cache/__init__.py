@@ -1,0 +1,56 @@
+"""Smaller KV caches: low-rank codes of old keys and values, few bits, exact recent tokens; plain PyTorch.
+
+The cache for transformers' ``generate`` is :mod:`lightning_lossplug.integrations.kv_cache`.
+"""
+
+from lightning_lossplug.kv_cache.allocation import allocate_ranks, rank_of_ratio
+from lightning_lossplug.kv_cache.codes import code_bytes, dequantize_codes, quantize_codes
+from lightning_lossplug.kv_cache.factors import (
+    Factors,
+    asvd_init,
+    balanced,
+    encoder_of,
+    svd_init,
+    whitened_init,
+)
+from lightning_lossplug.kv_cache.files import load_kv_factors, save_kv_factors
+from lightning_lossplug.kv_cache.moments import Moments
+from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors, fit_factors
+from lightning_lossplug.kv_cache.recorder import MomentRecorder
+from lightning_lossplug.kv_cache.rotary import Rotary
+from lightning_lossplug.kv_cache.settings import KVShrinkSettings
+from lightning_lossplug.kv_cache.shrink import record_moments, shrink_kv
+from lightning_lossplug.kv_cache.size import BranchSize, cache_bytes, dense_token_bytes, shrunk_token_bytes
+from lightning_lossplug.kv_cache.training import gram_loss, reconstruction_loss, train_factors
+
+__all__ = [
+    "BranchSize",
+    "Factors",
+    "KVFactors",
+    "KVShrinkSettings",
+    "LayerFactors",
+    "MomentRecorder",
+    "Moments",
+    "Rotary",
+    "allocate_ranks",
+    "asvd_init",
+    "balanced",
+    "cache_bytes",
+    "code_bytes",
+    "dense_token_bytes",
+    "dequantize_codes",
+    "encoder_of",
+    "fit_factors",
+    "gram_loss",
+    "load_kv_factors",
+    "quantize_codes",
+    "rank_of_ratio",
+    "reconstruction_loss",
+    "record_moments",
+    "save_kv_factors",
+    "shrink_kv",
+    "shrunk_token_bytes",
+    "svd_init",
+    "train_factors",
+    "whitened_init",
+]

