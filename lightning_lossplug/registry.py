@@ -152,10 +152,10 @@ class Registry:
         """Builds a registered thing from the card's parameter names.
 
         Raises:
-            LossplugError: Unknown name, or a parameter it doesn't have.
+            LossplugError: Unknown name, a parameter it doesn't have, or one it needs that is missing.
         """
         entry = self.get(kind, name)
-        known = {parameter.name for parameter in entry.parameters()}
+        known = {parameter.name: parameter for parameter in entry.parameters()}
         arguments = {}
         for key, value in parameters.items():
             if public_name(key) not in known:
@@ -163,6 +163,12 @@ class Registry:
                     f"{kind} {entry.name!r} has no parameter {key!r}", remedy=suggestion(key, known or {"(none)"})
                 )
             arguments[f"{key}_" if keyword.iskeyword(key) else key] = value
+        given = {public_name(key) for key in arguments}
+        missing = [key for key, parameter in known.items() if parameter.required and key not in given]
+        if missing:
+            raise LossplugError(
+                f"{kind} {entry.name!r} needs the parameter {missing[0]!r}", remedy=f"lossplug show {entry.name}"
+            )
         return entry.load()(**arguments)
 
     def load(self) -> None:

@@ -42,6 +42,7 @@ def test_ignored_rows_are_left_out():
 
 def test_bad_input():
     for call, said in (
+        (lambda: create("timm"), "needs the parameter 'loss'"),
         (lambda: create("timm", loss="PolyCrossEntropie"), "PolyCrossEntropy"),
         (lambda: create("timm", loss="PolyCrossEntropy", parameters={"wrong": 1}), "wrong"),
         (lambda: create("timm", loss="PolyCrossEntropy")(LOGITS, INDEX[:3]), "don't fit"),

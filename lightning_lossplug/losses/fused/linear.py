@@ -26,7 +26,9 @@ def fusable(loss: str | Loss) -> FusableLoss:
     Raises:
         LossplugError: It needs more of the logits than their statistics.
     """
-    built = registry.create("loss", loss) if isinstance(loss, str) else loss
+    built: object = loss
+    if isinstance(loss, str):
+        built = registry.create("loss", loss) if registry.get("loss", loss).facts.get("fusable") else None
     if not isinstance(built, FusableLoss):
         name = loss if isinstance(loss, str) else type(loss).__name__
         known = ", ".join(sorted(e.name for e in registry if e.kind == "loss" and e.facts.get("fusable")))
