@@ -86,7 +86,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hooks the optimizers."""
-        names = {id(p) for _, layer in plugged_layers(pl_module) for p in layer.parameters(recurse=False)}
+        names = {id(p) for _, layer in plugged_layers(pl_module) for p in layer.parameters()}
         ours = [o for o in trainer.optimizers if any(id(p) in names for g in o.param_groups for p in g["params"])]
         if not ours:
             raise LossplugError(

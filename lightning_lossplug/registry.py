@@ -53,8 +53,8 @@ class Entry:
     """What is known of a registered name.
 
     Args:
-        kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``schedule``, ``callback``, ``model``, ``data``,
-            ``metric`` or ``exporter``.
+        kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
+            ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

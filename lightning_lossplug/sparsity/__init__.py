@@ -1,6 +1,15 @@
-"""N:M sparsity: masks, recipes, the technique."""
+"""N:M sparsity: masks, scores, recipes, the technique."""
 
+from lightning_lossplug.sparsity.budget import search_patterns
+from lightning_lossplug.sparsity.nm_ast import NMAST, ASTAdamW, annealed_pull
+from lightning_lossplug.sparsity.nm_bimask import NMBiMask, backward_mask, best_order, bimask_linear
 from lightning_lossplug.sparsity.nm_mask import nm_mask
+from lightning_lossplug.sparsity.nm_maskllm import NMMaskLLM, add_prior, nm_patterns, sampled_mask
+from lightning_lossplug.sparsity.nm_sste import NMSSTE, rescale, soft_threshold
+from lightning_lossplug.sparsity.nm_step import NMStep, STEPAdamW, variance_change
+from lightning_lossplug.sparsity.nm_transposable import NMTSRSTE, NMTransposable
+from lightning_lossplug.sparsity.oneshot import prune_nm
+from lightning_lossplug.sparsity.permutation import permutation_search, permute_for_sparsity
 from lightning_lossplug.sparsity.recipes import (
     NMSRSTE,
     NMSTE,
@@ -12,22 +21,53 @@ from lightning_lossplug.sparsity.recipes import (
     SdGfStepwise,
     StepState,
 )
+from lightning_lossplug.sparsity.scores import gradient_scores, magnitude_scores, wanda_scores
 from lightning_lossplug.sparsity.ste import decayed_ste, masked_ste
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
+from lightning_lossplug.sparsity.transposable import mvue24, tile_patterns, transposable_mask
 
 __all__ = [
+    "NMAST",
     "NMSRSTE",
+    "NMSSTE",
     "NMSTE",
+    "NMTSRSTE",
+    "ASTAdamW",
     "MdGfExponential",
     "MdGfLinear",
+    "NMBiMask",
+    "NMMaskLLM",
     "NMOneShot",
     "NMSettings",
+    "NMStep",
     "NMTechnique",
+    "NMTransposable",
     "Recipe",
+    "STEPAdamW",
     "SdGfGeometric",
     "SdGfStepwise",
     "StepState",
+    "add_prior",
+    "annealed_pull",
+    "backward_mask",
+    "best_order",
+    "bimask_linear",
     "decayed_ste",
+    "gradient_scores",
+    "magnitude_scores",
     "masked_ste",
+    "mvue24",
     "nm_mask",
+    "nm_patterns",
+    "permutation_search",
+    "permute_for_sparsity",
+    "prune_nm",
+    "rescale",
+    "sampled_mask",
+    "search_patterns",
+    "soft_threshold",
+    "tile_patterns",
+    "transposable_mask",
+    "variance_change",
+    "wanda_scores",
 ]

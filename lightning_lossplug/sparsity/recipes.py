@@ -15,9 +15,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
+from torch import Tensor, nn
+
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.ste import GradMode
+from lightning_lossplug.sparsity.transform import NMTransform
 
 Phase = Literal["dense", "sparse", "finetune"]
 
@@ -65,6 +69,10 @@ class Recipe(ABC):
     frozen_mask: ClassVar[bool] = False  # the first mask stays; pruned weights, gradients and moments are zero
     penalty: ClassVar[float] = 0.0  # strength of the pull on pruned weights
     penalty_decoupled: ClassVar[bool] = False
+    optimizer: ClassVar[str | None] = None  # name of the optimizer that has a part of the recipe
+    optimizer_starts: ClassVar[bool] = False  # it says when the dense phase is over
+    takes_scores: ClassVar[bool] = True
+    ends_dense: ClassVar[bool] = False  # the recipe speeds training up and leaves a dense model
 
     n: int = 2
     m: int = 4
@@ -98,6 +106,47 @@ class Recipe(ABC):
     def fit_axis(self, length: int) -> Self:
         """Returns the recipe as it can be run on a reduction axis of this length."""
         return self
+
+    def misfit(self, length: int, output_length: int) -> str | None:
+        """Returns why the recipe can't take a weight with these reduction and output axes, or None."""
+        if length % self.m:
+            return f"M = {self.m} does not divide the reduction axis of {length}"
+        return None
+
+    def refuses(self, layer: nn.Module, parameter: str) -> str | None:
+        """Returns why the recipe can't work on a parameter of a layer, or None."""
+        return None
+
+    def build_transform(self, weight: Tensor, axis: int, output_axis: int) -> NMTransform:
+        """Returns what stands in the weight's stack."""
+        return NMTransform(weight, axis=axis, output_axis=output_axis)
+
+    def new_mask(
+        self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
+    ) -> Tensor:
+        """Returns the mask of a step.
+
+        Args:
+            transform: What :meth:`build_transform` built.
+            weight: The whole dense weight.
+            n: Weights kept per group at this step.
+            m: Group size at this step.
+            scores: Replaces the magnitude, or None.
+            first: Whether it is the first mask of the run.
+        """
+        return nm_mask(weight, n, m, dim=transform.axis, scores=scores)
+
+    def tune(self, transform: NMTransform, step: int, total_steps: int | None) -> None:  # noqa: B027
+        """Sets what else the transform needs for a step."""
+
+    def penalise(  # noqa: B027
+        self, transform: NMTransform, weight: Tensor, step: int, total_steps: int | None, grad_scale: float
+    ) -> None:
+        """Adds the gradient of what the transform's own parameters are penalised by, times ``grad_scale``."""
+
+    def pull(self, step: int) -> float:
+        """Returns the strength of the pull on pruned weights at a step."""
+        return self.penalty
 
 
 @dataclass(frozen=True)
@@ -267,6 +316,10 @@ class MdGf(PhasedRecipe):
         else:
             inside = self.dense_fraction < self.decay_end <= 1
             need(inside, f"decay_end is {self.decay_end}", self, "Choose it after dense_fraction and at most 1")
+
+    def build_transform(self, weight: Tensor, axis: int, output_axis: int) -> NMTransform:
+        """The transform with the gradient of choice."""
+        return NMTransform(weight, self.grad_mode, axis, output_axis)
 
     def length(self, dense_end: int, total_steps: int | None) -> float:
         """Returns the sparse steps until the decay ends, for a decay given by ``decay_end``."""

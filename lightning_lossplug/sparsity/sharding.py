@@ -22,8 +22,13 @@ def local(tensor: Tensor) -> Tensor:
 
 def shard_like(mask: Tensor, weight: Tensor) -> Tensor:
     """Returns this rank's part of a whole mask, as the weight is sharded; every rank holds the same mask."""
+    return local(distribute_like(mask, weight))
+
+
+def distribute_like(mask: Tensor, weight: Tensor) -> Tensor:
+    """Returns a whole mask as the weight is: a DTensor with its placements when that is sharded."""
     if not is_sharded(weight):
         return mask
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()  # type: ignore[attr-defined]
+    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,22 @@ from torch.optim import Optimizer
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import Progress
-from lightning_lossplug.sparsity.nm_mask import nm_mask
-from lightning_lossplug.sparsity.recipes import Recipe
-from lightning_lossplug.sparsity.sharding import full, local, shard_like
+from lightning_lossplug.sparsity.calibration import calibrate
+from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW
+from lightning_lossplug.sparsity.recipes import Recipe, StepState
+from lightning_lossplug.sparsity.scores import Score, find_score, score_path, score_signals
+from lightning_lossplug.sparsity.sharding import distribute_like, full, local, shard_like
+from lightning_lossplug.sparsity.signals import merge_inputs
 from lightning_lossplug.sparsity.srste import srste_decay_, srste_penalty_
 from lightning_lossplug.sparsity.transform import NMTransform
-from lightning_lossplug.surgery.plug import latent, plug, transform_of, unplug
+from lightning_lossplug.surgery.plug import latent, plain_class, plug, transform_of, unplug
 from lightning_lossplug.surgery.select import Candidate, Selection, matches, select
 from lightning_lossplug.technique import Technique
+
+# Settings of the technique; the others are options of the recipe.
+COMMON_FIELDS = frozenset({"n", "m", "recipe", "include", "exclude", "indivisible", "total_steps"}) | frozenset(
+    {"score", "score_ema", "calibration_steps"}
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,11 @@ class NMSettings:
         exclude: Glob patterns that are left out.
         indivisible: What to do with a selected layer whose reduction axis ``m`` does not divide: ``error`` or ``skip``.
         total_steps: Length of the run in optimizer steps; None: told by the Trainer.
+        score: What orders the weights of a group: ``magnitude``, ``wanda``, ``gradient``, or the dotted path of a
+            function (see :mod:`~lightning_lossplug.sparsity.scores`).
+        score_ema: Share that the running mean of a score's signals keeps at each step, in [0, 1]; at 1 all steps count
+            alike. The first steps are always averaged evenly.
+        calibration_steps: Optimizer steps, dense, that a score which needs signals watches before the first mask.
         mask_update_every: Optimizer steps between two masks.
         dense_fraction: Share of the run that is dense at first.
         finetune_fraction: Share of the run at the end with the final hard mask.
@@ -46,6 +60,18 @@ class NMSettings:
         decay_end: Fraction of the run at which the mask decay ends.
         decay_floor: Factor an exponential decay has reached at ``decay_end``.
         k: First group multiplier of the geometric structure decay.
+        solver: Of transposable masks.
+        alpha: Pull on pruned weights of ``nm_tsrste``.
+        dense_finish_fraction: Share of the run at the end that is dense, for ``nm_tsrste``.
+        increase_step: Steps over which the pull of ``nm_ast`` grows.
+        rescale: Scale of ``nm_sste``.
+        tau_range: Temperatures of ``nm_maskllm``.
+        kappa_range: Factors of the logits of ``nm_maskllm``.
+        prior_strength: Head start of the first mask in ``nm_maskllm``.
+        weight_reg: Regulariser of ``nm_maskllm``.
+        permute_every: Steps between two searches of ``nm_bimask``.
+        num_candidates: Orders that it tries.
+        seed: Of what a recipe draws.
     """
 
     n: int = 2
@@ -55,6 +81,9 @@ class NMSettings:
     exclude: list[str] = dataclasses.field(default_factory=list)
     indivisible: str = "error"
     total_steps: int | None = None
+    score: str | Score = "magnitude"
+    score_ema: float = 0.99
+    calibration_steps: int = 1
     mask_update_every: int | None = None
     dense_fraction: float | None = None
     finetune_fraction: float | None = None
@@ -65,8 +94,26 @@ class NMSettings:
     decay_end: float | None = None
     decay_floor: float | None = None
     k: int | None = None
+    solver: str | None = None
+    alpha: float | None = None
+    dense_finish_fraction: float | None = None
+    increase_step: int | None = None
+    rescale: str | None = None
+    tau_range: list[float] | None = None
+    kappa_range: list[float] | None = None
+    prior_strength: float | None = None
+    weight_reg: float | None = None
+    permute_every: int | None = None
+    num_candidates: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "score", score_path(self.score))  # plain text, for YAML and checkpoints
+        find_score(self.score)
+        if not 0 <= self.score_ema <= 1:
+            raise LossplugError(f"score_ema is {self.score_ema}, allowed is [0, 1]", where="NMSparsity")
+        if self.calibration_steps < 1:
+            raise LossplugError(f"calibration_steps is {self.calibration_steps}, allowed is >= 1", where="NMSparsity")
         if self.indivisible not in ("error", "skip"):
             raise LossplugError(
                 f"indivisible is {self.indivisible!r}", where="NMSparsity", remedy="Use 'error' or 'skip'"
@@ -78,7 +125,13 @@ class NMSettings:
                 raise LossplugError(
                     f"{n}:{m} keeps every weight", where="NMSparsity", remedy="Choose N < M, for example 2:4"
                 )
-            self.build_recipe(n, m)  # a wrong value is an error now, not when the Trainer starts
+            recipe = self.build_recipe(n, m)  # a wrong value is an error now, not when the Trainer starts
+            if self.score != "magnitude" and not recipe.takes_scores:
+                raise LossplugError(
+                    f"{self.recipe} orders weights by magnitude, not by {self.score!r}",
+                    where="NMSparsity",
+                    remedy="Leave score out, or choose another recipe",
+                )
 
     def patterns(self) -> dict[str, tuple[int, int]]:
         """Returns ``{glob: (n, m)}``; a plain list of globs shares ``n`` and ``m``."""
@@ -88,9 +141,8 @@ class NMSettings:
 
     def build_recipe(self, n: int, m: int) -> Recipe:
         """Builds the recipe for one pattern from the options that were given."""
-        names = ("mask_update_every", "dense_fraction", "finetune_fraction", "grad_mode", "lambda_w", "decoupled")
-        options = {name: getattr(self, name) for name in (*names, "decay_rate", "decay_end", "decay_floor", "k")}
-        given = {name: value for name, value in options.items() if value is not None}
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in options.items() if name not in COMMON_FIELDS and value is not None}
         return registry.create("recipe", self.recipe, n=n, m=m, **given)
 
 
@@ -127,6 +179,15 @@ class _Layer:
         return found
 
 
+def hides_input(candidate: Candidate) -> str | None:
+    """Returns why a hook doesn't see the input of a weight's product, or None."""
+    if candidate.parameter != "weight":
+        return "which is computed inside the layer"
+    if plain_class(candidate.layer).__name__ == "NonDynamicallyQuantizableLinear":
+        return "and nn.MultiheadAttention reads its weight without calling it"
+    return None
+
+
 class NMTechnique(Technique[NMSettings]):
     """N:M sparsity along the reduction axis of each selected weight, by one of the registered recipes.
 
@@ -139,7 +200,11 @@ class NMTechnique(Technique[NMSettings]):
         super().__init__(settings)
         self.layers: dict[str, _Layer] = {}
         self.measure = True  # whether to compare each new mask with the last one
-        self._restored: dict[str, Any] = {}
+        self.score = find_score(settings.score)
+        self.signals = score_signals(self.score)
+        self._calibrated = False  # signals were gathered before the run, so its start must not forget them
+        self._started = False  # the optimizer of the recipe has ended the dense phase
+        self._progress = Progress(0)
         self._position: tuple[str, float] | None = None
 
     def attach(self, model: nn.Module) -> Selection:
@@ -148,7 +213,7 @@ class NMTechnique(Technique[NMSettings]):
 
         def recipe_for(candidate: Candidate) -> Recipe:
             for glob, (n, m) in patterns.items():
-                if matches([glob], candidate):
+                if matches([glob], candidate) is not None:
                     recipe = self.settings.build_recipe(n, m)
                     length = candidate.shape[candidate.reduction_axis or 0]
                     return recipe.fit_axis(length)
@@ -160,16 +225,22 @@ class NMTechnique(Technique[NMSettings]):
             weight = latent(candidate.layer, candidate.parameter)
             if not weight.is_floating_point():
                 return f"its dtype is {weight.dtype}"
-            _, m = next(nm for glob, nm in patterns.items() if matches([glob], candidate))
+            if "input_norm" in self.signals and (reason := hides_input(candidate)):
+                return f"the score {self.settings.score} needs its input, {reason}"
+            recipe = recipe_for(candidate)
+            refusal = recipe.refuses(candidate.layer, candidate.parameter)
+            if refusal is not None:
+                return f"{self.settings.recipe} doesn't take it: {refusal}"
             length = candidate.shape[candidate.reduction_axis]
-            if length % m == 0:
+            reason = recipe.misfit(length, candidate.shape[candidate.output_axis])
+            if reason is None:
                 return None
             if getattr(candidate.layer, "groups", 1) > 1:
-                return f"grouped convolution with {length} input channels per group, not divisible by {m}"
+                return f"grouped convolution with {length} input channels per group: {reason}"
             if self.settings.indivisible == "skip":
-                return f"{m} does not divide its reduction axis of {length}"
+                return reason
             raise LossplugError(
-                f"M = {m} does not divide the reduction axis of {length} (weight {candidate.shape})",
+                f"{reason} (weight {candidate.shape})",
                 where=candidate.name,
                 remedy="Choose another M, add the layer to exclude, or set indivisible='skip'",
             )
@@ -181,43 +252,93 @@ class NMTechnique(Technique[NMSettings]):
             if known is not None and known.candidate.layer is candidate.layer:
                 continue
             recipe = recipe_for(candidate)
-            transform = NMTransform(latent(candidate.layer, candidate.parameter), getattr(recipe, "grad_mode", "ste"))
+            weight, axis = latent(candidate.layer, candidate.parameter), candidate.reduction_axis
+            assert axis is not None
+            transform = recipe.build_transform(weight, axis, candidate.output_axis)
+            if self.signals:
+                transform.watch(self.signals, candidate.layer, weight, axis)
             plug(candidate.layer, transform, parameter=candidate.parameter, where=candidate.name)
             self.layers[candidate.name] = _Layer(candidate, recipe)
         return selection
 
+    def calibrate(
+        self, model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+    ) -> None:
+        """Gathers a score's signals from data before the run, so that the first step can be masked.
+
+        Args:
+            model: The attached model, or a part of it that the batches go through.
+            batches: Calibration data; each batch counts as one step.
+            forward: Runs the model on a batch; see :func:`~lightning_lossplug.sparsity.calibration.calibrate`.
+
+        Raises:
+            LossplugError: The score needs no data, or nothing was seen.
+        """
+        if not self.signals:
+            raise LossplugError(
+                f"the score {self.settings.score!r} needs no data", where=self.name, remedy="Use score='wanda'"
+            )
+        weights = {layer.weight: layer.transform for layer in self.layers.values()}
+        calibrate(model, weights, batches, forward, self.name)
+        self._calibrated = True
+
     @torch.no_grad()
     def advance(self, progress: Progress) -> None:
         """Sets decay and mask of every layer for the step to come."""
+        self._progress = progress
         total = self.settings.total_steps or progress.total_steps
         for name, layer in self.layers.items():
             state = layer.recipe.plan(total).state(progress.step)
             transform = layer.transform
+            if state.phase != "dense" and layer.pattern is None and not self._may_start(layer):
+                state = StepState("dense", state.n, state.m, 1.0)
             self._position = (state.phase, state.decay)
             transform.set_decay(state.decay)
+            layer.recipe.tune(transform, progress.step, total)
+            transform.gathering = bool(self.signals) and not (layer.recipe.frozen_mask and layer.pattern is not None)
             if state.phase == "dense":
                 continue
             pattern = (state.n, state.m)
             if layer.pattern == pattern and not layer.recipe.mask_due(progress.step, layer.last_update):
                 continue
-            axis = layer.candidate.reduction_axis
-            assert axis is not None
-            try:
-                mask = nm_mask(full(layer.weight), *pattern, dim=axis)
-            except LossplugError as error:
-                raise LossplugError(error.what, where=name, remedy=error.remedy) from None
-            if self.measure and layer.pattern is not None:
-                layer.flip_rate = float((mask != transform.mask).sum()) / mask.numel()
-            transform.mask.copy_(mask)
+            self._new_mask(name, layer, pattern)
             layer.pattern, layer.last_update = pattern, progress.step
+
+    def _may_start(self, layer: _Layer) -> bool:
+        """Whether the first mask can be made: the score has seen enough, and the optimizer is ready."""
+        if layer.recipe.optimizer_starts and not self._started:
+            return False
+        if not self.signals:
+            return True
+        seen = layer.transform.steps_seen()
+        return seen >= self.settings.calibration_steps or (self._calibrated and seen > 0)
+
+    def _new_mask(self, name: str, layer: _Layer, pattern: tuple[int, int]) -> None:
+        transform, weight = layer.transform, full(layer.weight)
+        try:
+            scores = self.score(weight, **transform.signals(weight)) if self.settings.score != "magnitude" else None
+            mask = layer.recipe.new_mask(transform, weight, *pattern, scores, first=layer.pattern is None)
+        except LossplugError as error:
+            raise LossplugError(error.what, where=name, remedy=error.remedy) from None
+        if self.measure and layer.pattern is not None:
+            layer.flip_rate = float((mask != transform.mask).sum()) / mask.numel()
+        transform.mask.copy_(mask)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
-        """Adds SR-STE's pull on pruned weights; masks the gradients of a frozen mask."""
+        """Adds the pull on pruned weights, masks the gradients of a frozen mask, tells the optimizer the masks."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._tell_masks(optimizer, groups)
         for layer in self.layers.values():
             group, transform = groups.get(id(layer.weight)), layer.transform
-            if group is None or transform.mode == "dense" or layer.weight.grad is None:
+            if any(id(p) in groups for p in transform.parameters()):
+                total = self.settings.total_steps or self._progress.total_steps
+                layer.recipe.penalise(transform, full(layer.weight), self._progress.step, total, grad_scale)
+            if group is None or layer.weight.grad is None:
+                continue
+            if transform.gathering and "grad_norm" in self.signals:
+                transform.see_gradient(full(layer.weight.grad) / grad_scale, self.settings.score_ema)
+            if transform.mode == "dense":
                 continue
             weight, grad = local(layer.weight), local(layer.weight.grad)
             if layer.recipe.frozen_mask:
@@ -229,9 +350,26 @@ class NMTechnique(Technique[NMSettings]):
                 else:
                     srste_penalty_(grad, weight, mask, layer.recipe.penalty * grad_scale)
 
+    def _tell_masks(self, optimizer: Optimizer, groups: dict[int, Any]) -> None:
+        ours = [layer for layer in self.layers.values() if id(layer.weight) in groups]
+        wanted = next((layer.recipe.optimizer for layer in ours if layer.recipe.optimizer), None)
+        if wanted is None:
+            return
+        if not isinstance(optimizer, MaskedAdamW) or wanted not in (base.__name__ for base in type(optimizer).__mro__):
+            raise LossplugError(
+                f"{self.settings.recipe} needs the optimizer {wanted}, the weights are in {type(optimizer).__name__}",
+                where=self.name,
+                remedy=f"Return lightning_lossplug.sparsity.{wanted} from configure_optimizers",
+            )
+        masks = {layer.weight: distribute_like(layer.transform.mask, layer.weight) for layer in ours}
+        optimizer.take_masks(masks, ours[0].recipe.pull(self._progress.step))
+
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Keeps the entries a frozen mask prunes at zero, in the weight and in the optimizer's moments."""
+        """Keeps what a frozen mask prunes at zero, in weights and moments; gathers what the layers saw."""
+        if isinstance(optimizer, MaskedAdamW):
+            self._started = self._started or optimizer.switched
+        merge_inputs([t for layer in self.layers.values() if (t := layer.transform).gathering], self.settings.score_ema)
         for layer in self.layers.values():
             if not layer.recipe.frozen_mask or layer.transform.mode == "dense":
                 continue
@@ -251,7 +389,10 @@ class NMTechnique(Technique[NMSettings]):
         """Starts the recipe again from the weights as they are."""
         for layer in self.layers.values():
             layer.last_update, layer.pattern, layer.flip_rate = -1, None, None
-            layer.transform.mask.fill_(True)
+            layer.transform.reset()
+            if not self._calibrated:
+                layer.transform.reset_signals()
+        self._started = False
 
     def logs(self) -> dict[str, float | Tensor]:
         """Decay of the pruned weights, achieved sparsity of what the forward pass used, mask flip rate."""
@@ -271,6 +412,8 @@ class NMTechnique(Technique[NMSettings]):
 
     def finish(self) -> list[str]:
         """Says which layers don't have their target pattern at the end."""
+        if any(layer.recipe.ends_dense for layer in self.layers.values()):
+            return [f"{self.name} ({self.settings.recipe}): the recipe ends dense, so folding gives a dense model"]
         late = [
             name
             for name, layer in self.layers.items()

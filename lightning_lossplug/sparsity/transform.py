@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_lossplug.sparsity.signals import Watched
 from lightning_lossplug.sparsity.ste import GradMode, decayed_ste, masked_ste
-from lightning_lossplug.surgery.plug import WeightTransform
 
 
-class NMTransform(WeightTransform):
+class NMTransform(Watched):
     """Reads a weight as ``W * [mask + decay (1 - mask)]`` with a straight-through gradient.
 
     Mask and decay are buffers: they follow the device, are broadcast from rank 0 by DDP, and are in every checkpoint.
@@ -20,6 +20,8 @@ class NMTransform(WeightTransform):
     Args:
         weight: The weight, for shape and device.
         grad_mode: ``ste`` (identity) or ``masked`` (the true derivative).
+        axis: The reduction axis, along which groups run.
+        output_axis: The axis of the outputs.
     """
 
     stage: ClassVar[str] = "sparsity"
@@ -27,9 +29,9 @@ class NMTransform(WeightTransform):
     mask: Tensor
     decay: Tensor
 
-    def __init__(self, weight: Tensor, grad_mode: GradMode = "ste") -> None:
+    def __init__(self, weight: Tensor, grad_mode: GradMode = "ste", axis: int = 1, output_axis: int = 0) -> None:
         super().__init__()
-        self.grad_mode = grad_mode
+        self.grad_mode, self.axis, self.output_axis = grad_mode, axis, output_axis
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
         self.register_buffer("decay", torch.ones((), dtype=torch.float32, device=weight.device))
         self.mode = "dense"  # a Python mirror of decay, so that reading a weight never waits for a device
@@ -46,6 +48,10 @@ class NMTransform(WeightTransform):
         if self.mode == "hard" and self.grad_mode == "ste":
             return masked_ste(weight, self.mask)
         return decayed_ste(weight, self.mask, self.decay, self.grad_mode)
+
+    def reset(self) -> None:
+        """Goes back to where a new run starts: nothing is pruned."""
+        self.mask.fill_(True)
 
     def check_fold(self) -> str | None:
         """Refuses while the decay is above 0: the folded weight would not be sparse."""

@@ -31,6 +31,12 @@ class WeightTransform(nn.Module):
         """Returns why the weight can't be folded now (a decay not at its end, say), or None."""
         return None
 
+    def plugged(self, layer: nn.Module, parameter: str) -> None:
+        """Called when the transform has entered a parameter's stack: the place to hook the layer."""
+
+    def unplugged(self, layer: nn.Module, parameter: str) -> None:
+        """Called when the transform has left the stack, also on a folded copy of the layer."""
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -161,6 +167,7 @@ def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weig
         layer.__class__ = plugged_class(plain_class(layer), tuple(sorted((*plugged, parameter))))
     stack: Any = layer._modules[transforms_name(parameter)]
     stack[transform.stage] = transform.to(weight.device)
+    transform.plugged(layer, parameter)
 
 
 def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
@@ -168,9 +175,13 @@ def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
     stack: Any = layer._modules.get(transforms_name(parameter))
     if stack is None or stage not in stack._modules:
         return
-    del stack._modules[stage]
-    if stack._modules:
-        return
+    removed: WeightTransform = stack._modules.pop(stage)
+    if not stack._modules:
+        _give_back_class(layer, parameter)
+    removed.unplugged(layer, parameter)
+
+
+def _give_back_class(layer: nn.Module, parameter: str) -> None:
     rest = tuple(name for name in type(layer).plugged_parameters if name != parameter)  # type: ignore[attr-defined]
     plain = plain_class(layer)
     layer.__class__ = plugged_class(plain, rest) if rest else plain
@@ -187,6 +198,8 @@ def plugged_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Writes every transformed value into its Parameter and gives the layers their plain classes back.
+
+    A transform that samples in training (a learned mask) is folded as it is in evaluation.
 
     Args:
         model: A model with plugged layers.
@@ -207,6 +220,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     for _, layer in list(plugged_layers(model)):
         for parameter in type(layer).plugged_parameters:
+            layer._modules[transforms_name(parameter)].eval()
             latent(layer, parameter).copy_(getattr(layer, parameter))
         for parameter in type(layer).plugged_parameters:
             for stage in STAGES:

@@ -20,10 +20,12 @@ class LayerKind:
     Args:
         parameter: Name of the parameter.
         reduction_axis: The axis summed over in the layer's product (None: a lookup, not a product).
+        output_axis: The axis of the layer's outputs.
     """
 
     parameter: str
     reduction_axis: int | None
+    output_axis: int = 0
 
 
 # By dotted path, so that a class of a package that isn't installed needs no import. Subclasses inherit the row.
@@ -34,20 +36,24 @@ LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {
     "torch.nn.modules.conv.Conv3d": (LayerKind("weight", 1),),
     "torch.nn.modules.sparse.Embedding": (LayerKind("weight", None),),
     "torch.nn.modules.activation.MultiheadAttention": (LayerKind("in_proj_weight", 1),),
-    "transformers.pytorch_utils.Conv1D": (LayerKind("weight", 0),),
+    "transformers.pytorch_utils.Conv1D": (LayerKind("weight", 0, 1),),
 }
+
+# Parameters that hold the same product of every expert, [experts, out, in] or [experts, in, out].
+EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 HEAD_NAMES = ("head", "heads", "fc", "classifier", "lm_head", "score", "output_layer", "last_linear")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight of a model: the layer, its path, and the parameter's name and reduction axis."""
+    """A weight of a model: the layer, its path, and the parameter's name, reduction axis and output axis."""
 
     path: str
     layer: nn.Module
     parameter: str
     reduction_axis: int | None
+    output_axis: int = 0
 
     @property
     def name(self) -> str:
@@ -116,17 +122,40 @@ def candidates(model: nn.Module) -> list[Candidate]:
     """Returns every weight of a supported kind, in model order, each parameter once."""
     found, seen = [], set()
     for path, layer in model.named_modules():
-        for base in plain_class(layer).__mro__:
-            kinds = LAYER_KINDS.get(f"{base.__module__}.{base.__qualname__}")
-            if kinds is None:
-                continue
-            for kind in kinds:
-                parameter = layer._parameters.get(kind.parameter)
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found.append(Candidate(path, layer, kind.parameter, kind.reduction_axis))
-            break
+        for kind in layer_kinds(layer):
+            parameter = layer._parameters.get(kind.parameter)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append(Candidate(path, layer, kind.parameter, kind.reduction_axis, kind.output_axis))
     return found
+
+
+def layer_kinds(layer: nn.Module) -> tuple[LayerKind, ...]:
+    """Returns the rows of :data:`LAYER_KINDS` for a layer, or those of fused experts; empty for other layers."""
+    for base in plain_class(layer).__mro__:
+        kinds = LAYER_KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if kinds is not None:
+            return kinds
+    return _fused_experts(layer)
+
+
+def _fused_experts(layer: nn.Module) -> tuple[LayerKind, ...]:
+    """Finds the 3-D weights of a mixture of experts, whose classes differ from model to model in transformers."""
+    shapes = {
+        name: parameter.shape
+        for name in EXPERT_PARAMETERS
+        if (parameter := layer._parameters.get(name)) is not None and parameter.ndim == 3
+    }
+    down = shapes.get("down_proj")
+    up = shapes.get("gate_up_proj", shapes.get("up_proj"))
+    if down is None or up is None:
+        return ()
+    # Where the class doesn't say how it stores them: the hidden size is the input of one and the output of the other.
+    parts = 2 if "gate_up_proj" in shapes else 1
+    by_shape = up[1] == down[2] and up[2] == parts * down[1] and up[1:] != (parts * down[2], down[1])
+    transposed = bool(getattr(layer, "is_transposed", by_shape))
+    axes = (1, 2) if transposed else (2, 1)
+    return tuple(LayerKind(name, *axes) for name in shapes)
 
 
 def default_exclusions(model: nn.Module) -> dict[int, str]:
@@ -204,7 +233,7 @@ def select(
     found = candidates(model)
     names = [c.name for c in found]
     for glob in (*(include or ()), *exclude):
-        if found and not any(matches([glob], c) for c in found):
+        if found and not any(matches([glob], c) is not None for c in found):
             endings = {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
             remedy = suggestion(glob.strip("*."), endings)
             raise LossplugError(f"the pattern {glob!r} matches no layer", where=technique, remedy=remedy)

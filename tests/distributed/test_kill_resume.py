@@ -60,8 +60,8 @@ def check(straight, killed):
     assert got == want
 
 
-def trial(tmp_path, devices, recipe, seed):
-    options = ("--devices", devices, "--recipe", recipe)
+def trial(tmp_path, devices, recipe, seed, score="magnitude"):
+    options = ("--devices", devices, "--recipe", recipe, "--score", score)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
@@ -86,7 +86,18 @@ def test_killed_and_resumed(devices, recipe, tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
-    "recipe", ["nm_oneshot", "nm_ste", "nm_srste", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric"]
+    "recipe",
+    [
+        *("nm_oneshot", "nm_ste", "nm_srste", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric"),
+        *("nm_sste", "nm_transposable", "nm_tsrste", "nm_bimask", "nm_maskllm"),
+    ],
 )
 def test_killed_and_resumed_at_random_steps(recipe, devices, seed, tmp_path):
     trial(tmp_path, devices, recipe, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(("recipe", "score"), [("nm_ste", "wanda"), ("nm_srste", "gradient"), ("nm_oneshot", "wanda")])
+def test_killed_and_resumed_with_scores(recipe, score, devices, tmp_path):
+    trial(tmp_path, devices, recipe, random.randrange(1000), score)

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--recipe", default="nm_srste")
+    parser.add_argument("--score", default="magnitude")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--every", type=int, default=3)
     arguments = parser.parse_args()
@@ -79,7 +80,7 @@ def main() -> None:
         num_sanity_val_steps=0,
         callbacks=[
             SwapLoss("poly_loss", {"epsilon": 2.0}),
-            NMSparsity(2, 8, arguments.recipe),
+            NMSparsity(2, 8, arguments.recipe, score=arguments.score),
             saver,
             StepLog(folder / "log.jsonl", arguments.slow),
             ExactResume(),
