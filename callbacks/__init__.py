@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
+    from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
@@ -24,6 +25,7 @@ __all__ = [
     "SAM",
     "ExactResume",
     "KVChannelShrink",
+    "MoEBalancing",
     "NMSparsity",
     "SwapLoss",
     "TechniqueCallback",
@@ -37,6 +39,7 @@ _HOME = {
     "SAM": "sam",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
+    "MoEBalancing": "moe_balancing",
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
@@ -49,6 +52,7 @@ _HOME = {
 for _name, _family in {
     "ExactResume": "resume",
     "KVChannelShrink": "kv_cache",
+    "MoEBalancing": "loss",
     "NMSparsity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",
