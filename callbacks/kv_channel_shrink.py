@@ -39,11 +39,13 @@ class KVChannelShrink(Callback):
         allocation: ``uniform`` (every layer the same share) or ``spectrum`` (where channels remove the most error).
         k_weight: Importance of a relative error of keys over one of values, for ``spectrum``.
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
+        v_metric: Where ``whitened`` counts the error of values: ``plain``, or ``output``, after the output projection.
         alpha: Exponent of the input scale of ``asvd``.
-        means: Code the deviation from the mean.
+        means: Code the deviation from the mean; see :class:`KVShrinkSettings`.
         k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
         v_bits: The same for values.
         window: Recent tokens kept exactly, the current one among them.
+        sinks: First tokens of every row kept exactly.
         steps: Steps of reconstruction training after ``init``.
         lr: Its learning rate.
         when: ``start``: passes over the first training batches before the first step. ``training``: the forward passes
@@ -66,11 +68,13 @@ class KVChannelShrink(Callback):
         allocation: Literal["uniform", "spectrum"] = "uniform",
         k_weight: float = 1.0,
         init: Literal["whitened", "asvd", "svd"] = "whitened",
+        v_metric: Literal["plain", "output"] = "output",
         alpha: float = 0.5,
-        means: bool = True,
+        means: bool = False,
         k_bits: int = 16,
         v_bits: int = 16,
         window: int = 32,
+        sinks: int = 4,
         steps: int = 0,
         lr: float = 1e-3,
         when: Literal["start", "training", "end"] = "end",
@@ -85,11 +89,13 @@ class KVChannelShrink(Callback):
             allocation=allocation,
             k_weight=k_weight,
             init=init,
+            v_metric=v_metric,
             alpha=alpha,
             means=means,
             k_bits=k_bits,
             v_bits=v_bits,
             window=window,
+            sinks=sinks,
             steps=steps,
             lr=lr,
         )
@@ -111,7 +117,7 @@ class KVChannelShrink(Callback):
         if state is None and trainer.global_step == 0:
             self.factors = None
         if self.when == "training":
-            self.recorder = MomentRecorder(pl_module)
+            self.recorder = MomentRecorder(pl_module, self.settings.sinks)
             self.recorder.load_state_dict({} if state is None else state.get("moments") or {})
             self.recorder.start()
         elif self.when == "start" and self.factors is None:
@@ -135,7 +141,7 @@ class KVChannelShrink(Callback):
         loader = trainer.train_dataloader
         with isolate_rng():  # the order of the training batches stays what it is
             batches = itertools.islice(iter(loader), self.calib_batches)  # type: ignore[arg-type]
-            self._fit(pl_module, record_moments(pl_module, map(_token_ids, batches)))
+            self._fit(pl_module, record_moments(pl_module, map(_token_ids, batches), self.settings.sinks))
 
     def _fit(self, pl_module: LightningModule, recorder: MomentRecorder) -> None:
         recorder.all_reduce()

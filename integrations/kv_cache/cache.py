@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,13 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.integrations.kv_cache.history import RotaryHistory
 from lightning_lossplug.integrations.kv_cache.layer import ChannelShrunkLayer
-from lightning_lossplug.kv_cache.attention import AttentionBlock, block_input, rotary_tables
+from lightning_lossplug.kv_cache.attention import (
+    AttentionBlock,
+    block_input,
+    key_validity,
+    rotary_tables,
+    sink_columns,
+)
 from lightning_lossplug.kv_cache.plan import KVFactors
 from lightning_lossplug.kv_cache.size import cache_bytes
 from lightning_lossplug.kv_cache.store import nbytes
@@ -65,16 +72,20 @@ class ChannelShrunkCache(Cache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
         super().__init__(layers=layers)
         self.histories: list[RotaryHistory] = []
+        self.sink_columns: Tensor | None = None
         attach_cache_hooks(model, self.blocks)
 
     def shrunk_layers(self) -> dict[int, ChannelShrunkLayer]:
         """Returns the layers that keep codes."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, ChannelShrunkLayer)}
 
-    def announce(self, index: int, cos: Tensor, sin: Tensor) -> None:
-        """Keeps the tables of the tokens that a layer is about to add; called by the hook."""
+    def announce(self, index: int, cos: Tensor, sin: Tensor, mask: Any, batch: int) -> None:
+        """Keeps the tables of the tokens that a layer is about to add, and where its rows begin; called by the hook."""
         layer = self.layers[index]
         tokens = cos.shape[1]
+        sinks = self.factors.settings.sinks
+        if layer.seen == 0 and sinks and self.sink_columns is None:
+            self.sink_columns = sink_columns(key_validity(mask, batch, tokens), sinks, batch, tokens, cos.device)
         history = layer.history
         if history is None:
             fitting = (h for h in self.histories if len(h) == layer.seen + tokens and h.same(cos))
@@ -84,30 +95,34 @@ class ChannelShrunkCache(Cache):
                 self.histories.append(history)
         if len(history) == layer.seen:
             history.append(cos, sin)
-        layer.announce(history, tokens)
+        layer.announce(history, self.sink_columns, tokens)
 
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()
         self.histories.clear()
+        self.sink_columns = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
         super().reorder_cache(beam_idx)
-        for history in self.histories:
-            history.apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
         super().batch_repeat_interleave(repeats)
-        for history in self.histories:
-            history.apply(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows."""
         super().batch_select_indices(indices)
+        self._apply(lambda t: t[indices])
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         for history in self.histories:
-            history.apply(lambda t: t[indices])
+            history.apply(function)
+        if self.sink_columns is not None:
+            self.sink_columns = function(self.sink_columns)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, as long as they are exact."""
@@ -130,8 +145,8 @@ class ChannelShrunkCache(Cache):
 
     def nbytes(self) -> int:
         """Returns the bytes of the live tensors of the shrunk layers and of the rotary tables."""
-        tables = sum(nbytes(history.tables) for history in self.histories)
-        return tables + sum(layer.nbytes() for layer in self.shrunk_layers().values())
+        shared = sum(nbytes(history.tables) for history in self.histories) + nbytes(self.sink_columns)
+        return shared + sum(layer.nbytes() for layer in self.shrunk_layers().values())
 
     def expected_bytes(self) -> int:
         """Returns the same by formula (:func:`lightning_lossplug.kv_cache.cache_bytes`)."""
@@ -149,6 +164,7 @@ class ChannelShrunkCache(Cache):
             element_bytes,
             batch=layers[0].keys.shape[0],
             rotary=rotary,
+            sinks=0 if self.sink_columns is None else self.sink_columns.shape[1],
         )
 
 
@@ -175,10 +191,10 @@ def _announce(
     cache = kwargs.get(argument)
     if isinstance(cache, ChannelShrunkCache):
         cos, sin = rotary_tables(cache.blocks[index], kwargs)
-        tokens = block_input(args, kwargs).shape[1]
+        batch, tokens = block_input(args, kwargs).shape[:2]
         if cos.shape[1] != tokens:
             raise LossplugError(f"{cos.shape[1]} rotary tables for {tokens} tokens", where=path)
-        cache.announce(index, cos, sin)
+        cache.announce(index, cos, sin, kwargs.get("attention_mask"), batch)
 
 
 def _check_attention(config: Any) -> None:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.kv_cache.attention import AttentionBlock, Tap, join_heads, rotary_tables, split_heads
+from lightning_lossplug.kv_cache.attention import (
+    AttentionBlock,
+    Tap,
+    block_input,
+    join_heads,
+    key_validity,
+    rotary_tables,
+    sink_columns,
+    split_heads,
+)
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors
 from lightning_lossplug.kv_cache.store import CodeStore
 
@@ -52,7 +61,7 @@ def decode_mode(model: nn.Module, factors: KVFactors, prefill: int, window: int 
     try:
         for index, block in blocks.items():
             layer = factors.layers[index]
-            hook = _hook(block, layer, bits, prefill, window)
+            hook = _hook(block, layer, bits, prefill, window, factors.settings.sinks)
             handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         yield model
     finally:
@@ -60,7 +69,9 @@ def decode_mode(model: nn.Module, factors: KVFactors, prefill: int, window: int 
             handle.remove()
 
 
-def _hook(block: AttentionBlock, layer: LayerFactors, bits: tuple[int, int], prefill: int, window: int) -> Any:
+def _hook(
+    block: AttentionBlock, layer: LayerFactors, bits: tuple[int, int], prefill: int, window: int, sinks: int
+) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cos, sin = rotary_tables(block, kwargs)
 
@@ -73,7 +84,10 @@ def _hook(block: AttentionBlock, layer: LayerFactors, bits: tuple[int, int], pre
             return torch.cat([keys, old_keys], dim=-2), torch.cat([values, old_values], dim=-2)
 
         tokens = cos.shape[1]
-        mask = two_sided_mask(kwargs.get("attention_mask"), tokens, prefill, window, cos.dtype, cos.device)
+        own = kwargs.get("attention_mask")
+        batch = block_input(args, kwargs).shape[0]
+        columns = sink_columns(key_validity(own, batch, tokens), min(sinks, prefill), batch, tokens, cos.device)
+        mask = two_sided_mask(own, tokens, prefill, window, columns, cos.dtype)
         return args, {**kwargs, block.cache: Tap(see, None), "attention_mask": mask}
 
     return hook
@@ -87,24 +101,26 @@ def _through(factors: Any, bits: int, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def two_sided_mask(
-    mask: Tensor | None, tokens: int, prefill: int, window: int, dtype: torch.dtype, device: torch.device
+    mask: Tensor | None, tokens: int, prefill: int, window: int, sinks: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Returns the mask over exact and rebuilt keys, ``[batch or 1, 1, tokens, 2 * tokens]``, floating.
+    """Returns the mask over exact and rebuilt keys, ``[batch, 1, tokens, 2 * tokens]``, floating.
 
     Args:
         mask: The block's own mask, bool or floating ``[batch, 1, tokens, tokens]``, or None for a causal one.
         tokens: Tokens of the pass.
         prefill: Rows before it see exact keys only.
         window: Recent tokens that are exact.
+        sinks: Columns of every row that are always exact, int64 ``[batch, sinks]``.
         dtype: Of the result.
-        device: Of the result.
 
     Raises:
         LossplugError: The mask has another shape.
     """
+    device, batch = sinks.device, len(sinks)
     query = torch.arange(tokens, device=device)[:, None]
     key = torch.arange(tokens, device=device)
-    coded = (query >= prefill) & (key <= query - window)
+    is_sink = torch.zeros(batch, tokens, dtype=torch.bool, device=device).scatter_(1, sinks, True)
+    coded = ((query >= prefill) & (key <= query - window)) & ~is_sink[:, None, None]
     lowest = torch.finfo(dtype).min
     if mask is None:
         allowed = torch.zeros(1, 1, tokens, tokens, dtype=dtype, device=device).masked_fill(key > query, lowest)

@@ -27,6 +27,7 @@ class ChannelShrunkLayer(DynamicLayer):
         window: Recent tokens kept exactly, the current one among them.
         k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
         v_bits: The same for values.
+        sinks: First tokens of every row kept exactly.
     """
 
     is_croppable = False  # codes can't be taken back
@@ -34,13 +35,18 @@ class ChannelShrunkLayer(DynamicLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int) -> None:
+    def __init__(
+        self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int, sinks: int
+    ) -> None:
         super().__init__()
-        self.factors, self.rotary, self.window = factors, rotary, window
+        self.factors, self.rotary, self.window, self.sinks = factors, rotary, window, sinks
         self.key_codes = CodeStore(factors.keys.rank, k_bits)
         self.value_codes = CodeStore(factors.values.rank, v_bits)
         self.history: RotaryHistory | None = None
         self.seen = 0
+        self.sink_columns: Tensor | None = None  # [batch, sinks], shared by all layers of a cache
+        self.sink_keys: Tensor | None = None
+        self.sink_values: Tensor | None = None
         self.announced = 0  # tokens whose tables the hook has handed over
         self.encoders: tuple[Factors, Factors]
         self.decoders: tuple[Factors, Factors]
@@ -63,9 +69,9 @@ class ChannelShrunkLayer(DynamicLayer):
         self.keys = key_states.new_empty(batch, heads, 0, width)
         self.values = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
 
-    def announce(self, history: RotaryHistory, tokens: int) -> None:
-        """Says where the tables of the next ``tokens`` tokens are; called by the hook before the block runs."""
-        self.history, self.announced = history, self.seen + tokens
+    def announce(self, history: RotaryHistory, columns: Tensor | None, tokens: int) -> None:
+        """Says where tables and sinks of the next ``tokens`` tokens are; called by the hook before the block runs."""
+        self.history, self.sink_columns, self.announced = history, columns, self.seen + tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds new tokens; returns all keys and values, old ones rebuilt from their codes.
@@ -94,6 +100,9 @@ class ChannelShrunkLayer(DynamicLayer):
         self.seen += new
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
+        if first and self.sink_columns is not None:
+            self.sink_keys = self.keys.gather(2, self._sink_index(self.keys))
+            self.sink_values = self.values.gather(2, self._sink_index(self.values))
         if not first:
             self._encode(keep=max(self.window, new))
         keys, values = self._all()
@@ -133,13 +142,24 @@ class ChannelShrunkLayer(DynamicLayer):
         plain = split_heads(k.rebuild(self.key_codes.read(self.dtype)), heads)
         rebuilt = self.rotary.rotate(plain, *self.history.read(0, old))
         values = split_heads(v.rebuild(self.value_codes.read(self.dtype)), heads)
-        return torch.cat([rebuilt.to(self.dtype), self.keys], dim=-2), torch.cat([values, self.values], dim=-2)
+        keys = torch.cat([rebuilt.to(self.dtype), self.keys], dim=-2)
+        values = torch.cat([values, self.values], dim=-2)
+        if self.sink_keys is not None and self.sink_values is not None:
+            keys.scatter_(2, self._sink_index(keys), self.sink_keys)
+            values.scatter_(2, self._sink_index(values), self.sink_values)
+        return keys, values
+
+    def _sink_index(self, states: Tensor) -> Tensor:
+        assert self.sink_columns is not None
+        return self.sink_columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
             self.key_codes.apply(function)
             self.value_codes.apply(function)
+            if self.sink_keys is not None and self.sink_values is not None:
+                self.sink_keys, self.sink_values = function(self.sink_keys), function(self.sink_values)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
@@ -192,8 +212,10 @@ class ChannelShrunkLayer(DynamicLayer):
         self.is_initialized = False
         self.key_codes.clear()
         self.value_codes.clear()
-        self.history, self.seen, self.announced = None, 0, 0
+        self.history = self.sink_columns = self.sink_keys = self.sink_values = None
+        self.seen = self.announced = 0
 
     def nbytes(self) -> int:
-        """Returns the bytes of the live tensors, rotary tables and factors not included."""
-        return nbytes(self.keys, self.values, *self.key_codes.parts, *self.value_codes.parts)
+        """Returns the bytes of the live tensors, rotary tables, sink columns and factors not included."""
+        exact = (self.keys, self.values, self.sink_keys, self.sink_values)
+        return nbytes(*exact, *self.key_codes.parts, *self.value_codes.parts)

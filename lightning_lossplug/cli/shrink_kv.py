@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--init", default="whitened", help="whitened (default), asvd or svd")
     parser.add_argument("--bits", type=int, default=16, help="bits of a code's channel: 16 (default), 8, 4 or 2")
     parser.add_argument("--window", type=int, default=32, help="recent tokens kept exactly (32)")
+    parser.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (4)")
     parser.add_argument("--tokens", type=positive_int, default=65536, help="calibration tokens at most (65536)")
     parser.add_argument("--block-size", type=positive_int, default=1024, help="tokens per pass (1024)")
     parser.add_argument(
@@ -99,6 +100,7 @@ def read_settings(options: Any) -> Any:
         k_bits=options.bits,
         v_bits=options.bits,
         window=options.window,
+        sinks=options.sinks,
     )
 
 
@@ -153,7 +155,7 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     calibration = tokens[: min(options.tokens, max(len(tokens) - held, 0))]
     with progress() as bar:
         blocks = [block[None] for block in calibration.split(options.block_size)]
-        recorder = record_moments(model, bar.track(blocks, description="calibrating"))
+        recorder = record_moments(model, bar.track(blocks, description="calibrating"), settings.sinks)
         factors = fit_factors(model, recorder, settings)
         element_bytes = next(iter(model.parameters())).element_size()
         found = {

@@ -110,6 +110,28 @@ def projection_weight(block: AttentionBlock, name: str) -> Tensor:
     return layer.weight.detach().T
 
 
+def output_metric(block: AttentionBlock, width: int) -> Tensor | None:
+    r"""Returns what an error of the values costs after the output projection, ``[c, c]``.
+
+    :math:`M = \mathrm{diag}_h \sum_{g} W_O^{(h,g)} W_O^{(h,g)\top}` over the query heads g that read key-value head h.
+
+    Args:
+        block: The block.
+        width: Channels c of all values of a token.
+
+    Returns:
+        The metric in float64, or None where the projection is not found (``o_proj``, ``dense``, ``out_proj``).
+    """
+    names = ("o_proj", "dense", "out_proj")
+    layer = next((m for m in (getattr(block.module, n, None) for n in names) if isinstance(m, nn.Linear)), None)
+    size = getattr(block.module, "head_dim", getattr(block.module, "head_size", None))
+    if layer is None or not isinstance(size, int) or width % size or layer.in_features % width:
+        return None
+    # query head h * groups + g reads key-value head h, as repeat_kv lays them out
+    heads = layer.weight.detach().double().T.reshape(width // size, layer.in_features // width, size, -1)
+    return torch.block_diag(*torch.einsum("hgdo,hgeo->hde", heads, heads))
+
+
 def split_heads(flat: Tensor, heads: int) -> Tensor:
     """``[batch, tokens, heads * d]`` -> ``[batch, heads, tokens, d]``."""
     return flat.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -129,6 +151,21 @@ def key_validity(mask: Any, batch: int, tokens: int) -> Tensor | None:
         row = mask[:, 0, -1, -tokens:]
         mask = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
     return mask[:, -tokens:].bool().expand(batch, tokens)
+
+
+def sink_columns(valid: Tensor | None, sinks: int, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Returns the columns of the first tokens of every row that are no padding, int64 ``[batch, min(sinks, tokens)]``.
+
+    Args:
+        valid: Which tokens are no padding, bool ``[batch, tokens]``; None for all.
+        sinks: How many.
+        batch: Rows.
+        tokens: Tokens of a row; a row that is shorter than ``sinks`` repeats its last column.
+        device: Of the result.
+    """
+    first = torch.zeros(batch, dtype=torch.long, device=device) if valid is None else valid.int().argmax(1).to(device)
+    columns = first[:, None] + torch.arange(min(sinks, tokens), device=device)
+    return columns.clamp_max(tokens - 1)
 
 
 class Tap:

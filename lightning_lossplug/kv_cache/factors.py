@@ -150,15 +150,21 @@ def whitened_init(
     """
     projected = gram.double() if weight is None else weight.double().T @ gram.double() @ weight.double()
     check_rank(rank, len(projected), "whitened_init")
-    root = inverse = torch.eye(len(projected), dtype=torch.float64, device=projected.device)
-    if metric is not None:
-        values, vectors = torch.linalg.eigh(metric.double())
-        values = values.clamp_min(1e-4 * float(values.amax()))
-        root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    root, inverse = metric_root(metric, projected)
     leading = torch.linalg.eigh(root @ projected @ root)[1][:, -rank:].flip(-1)
     a = root @ leading if weight is None else weight.double() @ root @ leading
     dtype = gram.dtype if weight is None else weight.dtype
     return a.to(dtype), (leading.T @ inverse).to(dtype)
+
+
+def metric_root(metric: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the symmetric root of a metric and its inverse, float64; the identity for None, as large as ``like``."""
+    if metric is None:
+        one = torch.eye(len(like), dtype=torch.float64, device=like.device)
+        return one, one
+    values, vectors = torch.linalg.eigh(metric.double().to(like.device))
+    values = values.clamp_min(1e-4 * float(values.amax()))
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
 def encoder_of(decode: Tensor) -> Tensor:

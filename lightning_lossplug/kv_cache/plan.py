@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.allocation import allocate_ranks, rank_of_ratio
-from lightning_lossplug.kv_cache.attention import AttentionBlock, attention_blocks, projection_weight
+from lightning_lossplug.kv_cache.attention import AttentionBlock, attention_blocks, output_metric, projection_weight
 from lightning_lossplug.kv_cache.codes import code_bytes
 from lightning_lossplug.kv_cache.factors import (
     Factors,
     asvd_init,
     balanced,
     encoder_of,
+    metric_root,
     svd_init,
     whitened_init,
 )
@@ -130,17 +131,26 @@ def fit_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSe
     element_bytes = next(iter(model.parameters())).element_size()
     layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
     branches = [moments for layer in layers.values() for moments in (layer.keys, layer.values)]
-    ranks = _ranks(branches, settings, element_bytes)
+    metrics = [m for index, layer in layers.items() for m in (None, _metric(recorder.blocks[index], layer, settings))]
+    ranks = _ranks(branches, metrics, settings, element_bytes)
     made: dict[int, LayerFactors] = {}
     for position, (index, layer) in enumerate(layers.items()):
         block = recorder.blocks[index]
-        keys, k_error = _factors(layer.keys, ranks[2 * position], settings, layer, block, "k_proj")
-        values, v_error = _factors(layer.values, ranks[2 * position + 1], settings, layer, block, "v_proj")
+        k_rank, v_rank = ranks[2 * position : 2 * position + 2]
+        keys, k_error = _factors(layer.keys, None, k_rank, settings, layer, block, "k_proj")
+        values, v_error = _factors(layer.values, metrics[2 * position + 1], v_rank, settings, layer, block, "v_proj")
         made[index] = LayerFactors(keys, values, k_error, v_error)
     return KVFactors(made, settings, fingerprint(model, recorder.blocks), recorder.tokens)
 
 
-def _ranks(branches: list[Moments], settings: KVShrinkSettings, element_bytes: int) -> list[int]:
+def _metric(block: AttentionBlock, layer: LayerMoments, settings: KVShrinkSettings) -> Tensor | None:
+    metric = output_metric(block, layer.values.width) if settings.v_metric == "output" else None
+    return None if metric is None else metric.cpu()
+
+
+def _ranks(
+    branches: list[Moments], metrics: list[Tensor | None], settings: KVShrinkSettings, element_bytes: int
+) -> list[int]:
     widths = [moments.width for moments in branches]
     bits = [settings.k_bits, settings.v_bits] * (len(branches) // 2)
     ratios = [settings.k_ratio, settings.v_ratio] * (len(branches) // 2)
@@ -163,7 +173,11 @@ def _ranks(branches: list[Moments], settings: KVShrinkSettings, element_bytes: i
         return ranks
     costs = [element_bytes if b == 16 else b / 8 for b in bits]
     weights = [settings.k_weight, 1.0] * (len(branches) // 2)
-    spectra = [torch.linalg.eigvalsh(m.second(centred=settings.means)).flip(0).cpu() for m in branches]
+    spectra = []
+    for moments, metric in zip(branches, metrics, strict=True):
+        second = moments.second(centred=settings.means).cpu()
+        root, _ = metric_root(metric, second)
+        spectra.append(torch.linalg.eigvalsh(root @ second @ root).flip(0))
 
     def bytes_of(ranks: list[int]) -> int:
         return sum(map(code_bytes, ranks, bits, [element_bytes] * len(ranks)))
@@ -188,11 +202,17 @@ def _affordable(width: int, bits: int, element_bytes: int, share: float) -> int:
 
 
 def _factors(
-    moments: Moments, rank: int, settings: KVShrinkSettings, layer: LayerMoments, block: AttentionBlock, name: str
+    moments: Moments,
+    metric: Tensor | None,
+    rank: int,
+    settings: KVShrinkSettings,
+    layer: LayerMoments,
+    block: AttentionBlock,
+    name: str,
 ) -> tuple[Factors, float]:
     second = moments.second(centred=settings.means).cpu()
     if settings.init == "whitened":
-        encode, decode = whitened_init(second, None, rank)
+        encode, decode = whitened_init(second, None, rank, metric)
     else:
         weight = projection_weight(block, name).cpu().double()
         if settings.init == "svd":

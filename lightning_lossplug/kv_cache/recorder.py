@@ -18,6 +18,7 @@ from lightning_lossplug.kv_cache.attention import (
     join_heads,
     key_validity,
     rotary_tables,
+    sink_columns,
 )
 from lightning_lossplug.kv_cache.moments import Moments
 
@@ -59,12 +60,14 @@ class MomentRecorder:
 
     Args:
         model: A decoder of transformers, or a module that holds one.
+        sinks: First tokens of every row that are left out, since a cache keeps them exactly.
 
     Raises:
         LossplugError: No block whose cache can be shrunk (:func:`attention_blocks`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sinks: int = 0) -> None:
+        self.sinks = sinks
         self.blocks = attention_blocks(model)
         self.layers: dict[int, LayerMoments] = {}
         self._handles: list[RemovableHandle] = []
@@ -128,7 +131,12 @@ class MomentRecorder:
 
             def see(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
-                    valid = key_validity(mask, keys.shape[0], keys.shape[2])
+                    batch, _, tokens, _ = keys.shape
+                    valid = key_validity(mask, batch, tokens)
+                    if self.sinks:
+                        columns = sink_columns(valid, self.sinks, batch, tokens, keys.device)
+                        every = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
+                        valid = (every if valid is None else valid.to(keys.device)).scatter(1, columns, False)
                     plain = block.rotary.unrotate(keys.detach().float(), cos.float(), sin.float())
                     self._record(block.index, join_heads(plain), join_heads(values.detach()), inputs.detach(), valid)
                 return keys, values

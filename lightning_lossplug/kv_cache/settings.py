@@ -10,6 +10,7 @@ from lightning_lossplug.losses.checks import check_choice, check_number
 
 INITS = ("whitened", "asvd", "svd")
 ALLOCATIONS = ("uniform", "spectrum")
+METRICS = ("plain", "output")
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,16 @@ class KVShrinkSettings:
             relative error, under the same number of bytes.
         k_weight: Importance of a relative error of keys over one of values, > 0, for ``spectrum``.
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
+        v_metric: Where ``whitened`` (and ``spectrum``) counts the error of values: ``plain`` for the values themselves,
+            ``output`` after the output projection of the attention block, where it is found.
         alpha: Exponent of ``asvd``'s input scale, >= 0.
-        means: Code the deviation from the mean.
+        means: Code the deviation from the mean. It lowers the squared error and can still raise the perplexity: tokens
+            that attention rests on have values near 0, which a code through 0 keeps and a code about the mean doesn't.
         k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
         v_bits: The same for values.
         window: Recent tokens kept exactly, the current one among them, >= 1.
+        sinks: First tokens of every row kept exactly, >= 0, and left out of the calibration: they look like no other
+            token and get most of the attention, so their error would count most.
         steps: Steps of reconstruction training after ``init``; 0 for none, which is right for ``whitened``.
         lr: Its learning rate.
     """
@@ -41,11 +47,13 @@ class KVShrinkSettings:
     allocation: str = "uniform"
     k_weight: float = 1.0
     init: str = "whitened"
+    v_metric: str = "output"
     alpha: float = 0.5
-    means: bool = True
+    means: bool = False
     k_bits: int = 16
     v_bits: int = 16
     window: int = 32
+    sinks: int = 4
     steps: int = 0
     lr: float = 1e-3
 
@@ -58,6 +66,7 @@ class KVShrinkSettings:
         check_number(where, "lr", self.lr, above=0)
         check_choice(where, "init", self.init, INITS)
         check_choice(where, "allocation", self.allocation, ALLOCATIONS)
+        check_choice(where, "v_metric", self.v_metric, METRICS)
         check_bits(where, self.k_bits)
         check_bits(where, self.v_bits)
         if self.budget is not None:
@@ -66,7 +75,7 @@ class KVShrinkSettings:
             check_number(where, "bytes_per_token", self.bytes_per_token, above=0)
         if self.budget is not None and self.bytes_per_token is not None:
             raise LossplugError("both budget and bytes_per_token are given", where=where, remedy="Give one of them")
-        for name, least in (("window", 1), ("steps", 0)):
+        for name, least in (("window", 1), ("sinks", 0), ("steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise LossplugError(f"{name} is {value!r}, allowed are whole numbers from {least}", where=where)

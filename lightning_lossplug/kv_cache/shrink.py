@@ -19,7 +19,7 @@ _INPUTS = ("input_ids", "attention_mask")
 
 
 @torch.no_grad()
-def record_moments(model: nn.Module, batches: Iterable[Any]) -> MomentRecorder:
+def record_moments(model: nn.Module, batches: Iterable[Any], sinks: int = KVShrinkSettings.sinks) -> MomentRecorder:
     """Runs a model over token ids and records the moments of its keys and values.
 
     The memory of what is recorded doesn't depend on how many tokens there are.
@@ -27,11 +27,12 @@ def record_moments(model: nn.Module, batches: Iterable[Any]) -> MomentRecorder:
     Args:
         model: A decoder of transformers, or a module that holds one; its mode (``train`` or ``eval``) is restored.
         batches: int64 ``[B, T]`` tensors, or dicts with ``input_ids`` and perhaps ``attention_mask``.
+        sinks: First tokens of every row that are left out (:class:`KVShrinkSettings`).
 
     Raises:
         LossplugError: No layer whose cache can be shrunk, or a batch without token ids.
     """
-    recorder = MomentRecorder(model)
+    recorder = MomentRecorder(model, sinks)
     backbone = _backbone(model, recorder.blocks)
     device = next(iter(backbone.parameters())).device
     modes = [(module, module.training) for module in model.modules()]
@@ -63,7 +64,7 @@ def shrink_kv(model: nn.Module, batches: Iterable[Any], settings: KVShrinkSettin
             of 0, a budget that is too small.
     """
     settings = settings or KVShrinkSettings()
-    return fit_factors(model, record_moments(model, batches), settings)
+    return fit_factors(model, record_moments(model, batches, settings.sinks), settings)
 
 
 def _backbone(model: nn.Module, blocks: dict[int, AttentionBlock]) -> nn.Module:

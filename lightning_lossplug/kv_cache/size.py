@@ -33,7 +33,14 @@ def shrunk_token_bytes(branches: list[BranchSize], element_bytes: int) -> int:
 
 
 def cache_bytes(
-    branches: list[BranchSize], tokens: int, window: int, element_bytes: int, *, batch: int = 1, rotary: int = 0
+    branches: list[BranchSize],
+    tokens: int,
+    window: int,
+    element_bytes: int,
+    *,
+    batch: int = 1,
+    rotary: int = 0,
+    sinks: int = 0,
 ) -> int:
     """Returns the bytes of a shrunk cache: codes of old tokens, exact recent ones, rotary tables.
 
@@ -44,7 +51,9 @@ def cache_bytes(
         element_bytes: Bytes of an element of the model's keys.
         batch: Rows.
         rotary: Bytes per token of the tables that un-rotated keys are rotated with; kept once for all layers.
+        sinks: First tokens of every row kept exactly beside their codes, and their places, once, as int64.
     """
     old = max(tokens - window, 0)
     exact = (tokens - old) * dense_token_bytes(branches, element_bytes)
-    return batch * (old * shrunk_token_bytes(branches, element_bytes) + exact) + tokens * rotary
+    first = sinks * (dense_token_bytes(branches, element_bytes) + 8)
+    return batch * (old * shrunk_token_bytes(branches, element_bytes) + exact + first) + tokens * rotary

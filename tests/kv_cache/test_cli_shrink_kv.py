@@ -75,7 +75,7 @@ def test_json_bits_and_perplexity(model, text, tmp_path):
     assert found["layers"]["0"]["k_rank"] == 8
     assert found["layers"]["2"]["v_rank"] == 12
     assert found["bytes_per_token"] == 3 * (4 + 4 + 6 + 4)
-    assert found["tokens"] == 56 * 12 + 1 - 64
+    assert found["tokens"] == (56 * 12 + 1 - 64) // 32 * (32 - 4)
     assert 0.5 < found["perplexity"] / found["dense_perplexity"] < 2
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["kv_factors.json", "kv_factors.safetensors"]
 
@@ -87,7 +87,7 @@ def test_json_bits_and_perplexity(model, text, tmp_path):
         (["--budget", "2"], "budget is 2.0, allowed is (0, 1]"),
         (["--bits", "3"], "bits is 3, allowed are 16, 8, 4, 2"),
         (["--budget", "0.001"], "some rank rounds to 0. Give at least"),
-        (["--tokens", "20"], "has 20 tokens, at least 32 are needed"),
+        (["--tokens", "20"], "has 16 tokens, at least 32 are needed"),
         (["--device", "tpu"], "there is no device 'tpu'"),
         (["--init", "svf"], "init is 'svf'. Did you mean 'svd'"),
         (["--budgt", "0.2"], "unknown option --budgt. Did you mean '--budget'"),

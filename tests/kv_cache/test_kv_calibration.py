@@ -18,7 +18,7 @@ from lightning_lossplug.integrations.kv_cache import (
     shrink_kv,
 )
 from lightning_lossplug.kv_cache import MomentRecorder, fit_factors, shrunk_token_bytes
-from lightning_lossplug.kv_cache.attention import attention_blocks
+from lightning_lossplug.kv_cache.attention import attention_blocks, output_metric
 
 TEXT = [tokens(4, 40, seed) for seed in range(3)]
 
@@ -32,7 +32,7 @@ def test_moments_are_those_of_the_projection():
     inputs = []
     layer = model.model.layers[1].self_attn.k_proj
     handle = layer.register_forward_hook(lambda module, args, out: inputs.append((args[0], out)))
-    recorder = record_moments(model, TEXT)
+    recorder = record_moments(model, TEXT, sinks=0)
     handle.remove()
     x = torch.cat([i.flatten(0, 1) for i, _ in inputs]).double()
     k = torch.cat([o.flatten(0, 1) for _, o in inputs]).double()
@@ -46,14 +46,15 @@ def test_moments_are_those_of_the_projection():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("left", [True, False])
-def test_padding_does_not_count(implementation, left):
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_padding_and_sinks_do_not_count(implementation, left, sinks):
     model = model_of("llama", implementation)
     ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[0, slice(0, 12) if left else slice(18, 30)] = 0
-    with_padding = record_moments(model, [{"input_ids": ids, "attention_mask": mask}])
+    with_padding = record_moments(model, [{"input_ids": ids, "attention_mask": mask}], sinks)
     alone = ids[:1, 12:] if left else ids[:1, :18]
-    without = record_moments(model, [alone, ids[1:]])
-    assert with_padding.tokens == without.tokens == 48
+    without = record_moments(model, [alone, ids[1:]], sinks)
+    assert with_padding.tokens == without.tokens == 48 - 2 * sinks
     for index, layer in with_padding.layers.items():
         torch.testing.assert_close(layer.values.gram, without.layers[index].values.gram, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(layer.keys.gram, without.layers[index].keys.gram, rtol=1e-3, atol=1e-3)
@@ -127,11 +128,31 @@ def test_spectrum_beats_uniform_in_what_it_minimises():
     assert error("spectrum") <= error("uniform")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi"])
+def test_the_output_metric_counts_errors_after_the_projection(family):
+    model = model_of(family)
+    block = attention_blocks(model)[1]
+    layer = getattr(block.module, "o_proj", None) or block.module.dense
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    # a single token attends to itself, so that every query head puts out the value of its group
+    moments = record_moments(model, [tokens(1, 1)], sinks=0).layers[1].values
+    handle.remove()
+    size = getattr(block.module, "head_dim", None) or block.module.head_size
+    heads = seen[0].detach().double().view(-1, 1, size)
+    weights = layer.weight.detach().double().T.view(len(heads), size, -1)
+    expected = float((heads @ weights).square().sum())  # of each head's part of the output
+    metric = output_metric(block, moments.width)
+    blocks = torch.block_diag(*[torch.ones(size, size)] * (moments.width // size))
+    assert float((metric * blocks * moments.gram).sum()) == pytest.approx(expected, rel=1e-4)
+    assert bool((metric[blocks == 0] == 0).all())
+
+
 def test_saved_beside_a_model_and_loaded(tmp_path):
     import transformers
 
     model = model_of("llama")
-    made = shrink_kv(model, TEXT, KVShrinkSettings(k_ratio=0.5, v_ratio=0.25, k_bits=8, window=3))
+    made = shrink_kv(model, TEXT, KVShrinkSettings(k_ratio=0.5, v_ratio=0.25, k_bits=8, window=3, means=True))
     model.save_pretrained(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
     save_kv_factors(made, tmp_path)
@@ -141,6 +162,7 @@ def test_saved_beside_a_model_and_loaded(tmp_path):
     assert loaded.summary(4) == made.summary(4)
     for index, layer in made.layers.items():
         assert torch.equal(loaded.layers[index].keys.decode, layer.keys.decode)
+        assert torch.equal(loaded.layers[index].values.mean, layer.values.mean)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = tokens(1, 12)
     one, two = (
@@ -166,7 +188,7 @@ def test_files_that_are_missing_or_damaged(tmp_path):
 
 
 def test_too_little_text_says_how_much_is_needed():
-    with pytest.raises(LossplugError, match=r"has 20 tokens, at least 32 are needed for 16 channels"):
+    with pytest.raises(LossplugError, match=r"has 16 tokens, at least 32 are needed for 16 channels"):
         shrink_kv(model_of("llama"), [tokens(1, 20)])
 
 

@@ -81,6 +81,8 @@ def test_bytes_of_the_card():
     assert shrunk_token_bytes(branches, 2) == 30 * (76 + 19 + 4)
     full = cache_bytes(branches, tokens=1024, window=32, element_bytes=2, batch=3, rotary=128)
     assert full == 3 * (992 * 30 * 99 + 32 * 30 * 768) + 1024 * 128
+    more = cache_bytes(branches, tokens=1024, window=32, element_bytes=2, batch=3, rotary=128, sinks=4)
+    assert more - full == 3 * 4 * (30 * 768 + 8)
     assert cache_bytes(branches, 20, 32, 2) == 20 * 30 * 768  # nothing is old yet
 
 

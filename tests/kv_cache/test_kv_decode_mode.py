@@ -28,11 +28,11 @@ def step_by_step(model, factors, ids):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("bits", "sinks"), [(16, 4), (4, 0)])
 @pytest.mark.parametrize("family", ["llama_yarn", "qwen3", "gemma2", "gemma3", "phi", "gpt_neox", "glm"])
-def test_one_pass_equals_decoding(family, bits):
+def test_one_pass_equals_decoding(family, bits, sinks):
     model, ids = model_of(family), tokens(2, LENGTH, seed=9)
-    factors = factors_of(model, k_bits=bits, v_bits=bits)
+    factors = factors_of(model, k_bits=bits, v_bits=bits, sinks=sinks)
     decoded = step_by_step(model, factors, ids)
     once = decode_logits(model, factors, ids, PREFILL)
     # a code at the edge between two levels may fall to either side

@@ -17,6 +17,9 @@ FULL = KVShrinkSettings(k_ratio=0.0, v_ratio=0.0, window=4)
 HALF = KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, window=4)
 
 
+NO_SINKS = KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, window=4, sinks=0)
+
+
 def factors_of(model, settings=FULL):
     return shrink_kv(model, [tokens(4, 40, seed) for seed in range(3)], settings)
 
@@ -148,6 +151,23 @@ def test_rows_are_selected_and_repeated():
     torch.testing.assert_close(pair[0], pair[1], rtol=0, atol=1e-5)
     assert one.nbytes() == one.expected_bytes()
     assert two.nbytes() == two.expected_bytes()
+
+
+def test_sinks_are_exact_in_every_row():
+    model = model_of("llama")
+    inputs = padded()
+    caches = [ChannelShrunkCache(model, factors_of(model, settings)) for settings in (HALF, NO_SINKS)]
+    for cache in caches:
+        generate(model, inputs, cache, max_new_tokens=12)
+        assert cache.nbytes() == cache.expected_bytes()
+    assert torch.equal(caches[0].sink_columns, torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3]]))
+    layer = caches[0].shrunk_layers()[0]  # of the first layer, whose inputs no cache has touched
+    stock = generate(model, inputs, max_new_tokens=1).past_key_values.layers[0]
+    for row, start in ((0, 4), (1, 0)):
+        for found, exact in zip(layer._all(), (stock.keys, stock.values), strict=True):
+            torch.testing.assert_close(found[row, :, start : start + 4], exact[row, :, start : start + 4])
+            assert (found[row, :, start + 4 : 11] - exact[row, :, start + 4 : 11]).abs().max() > 1e-3
+    assert caches[1].sink_columns is None
 
 
 def test_a_window_of_the_whole_text_is_dense():
