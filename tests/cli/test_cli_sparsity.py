@@ -37,3 +37,15 @@ def test_the_export_says_it_too(cli, checkpoint):
 )
 def test_mistake(mistake, arguments, words):
     assert words in mistake("sparsity", *arguments)
+
+
+def test_onnx_leaves_the_output_clean(cli, checkpoint):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"needs the package {package} (extra: onnx)")
+    done = cli("export", checkpoint, "--output", "out", "--onnx", "--json")
+    assert done.code == 0, done
+    manifest = json.loads(done.out)
+    assert manifest["onnx"]["max_difference"] <= 1e-4
+    assert manifest["onnx"]["zeros"] >= sum(
+        row["sparsity"] * row["shape"][0] * row["shape"][1] for row in manifest["layers"].values()
+    )
