@@ -12,41 +12,49 @@ from lightning_lossplug.errors import require
 from lightning_lossplug.registry import register_path
 
 if TYPE_CHECKING:
+    from lightning_lossplug.callbacks.activation_sparsity import ActivationDensity
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.sam import SAM
+    from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
     "SAM",
+    "ActivationDensity",
     "ExactResume",
     "KVChannelShrink",
     "MoEBalancing",
     "NMSparsity",
+    "SparsityHealth",
     "SwapLoss",
     "TechniqueCallback",
     "dense_state_dict",
     "load_dense",
     "load_plugged",
     "read_checkpoint",
+    "read_health",
 ]
 
 _HOME = {
     "SAM": "sam",
+    "ActivationDensity": "activation_sparsity",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
     "MoEBalancing": "moe_balancing",
     "NMSparsity": "nm_sparsity",
+    "SparsityHealth": "sparsity_health",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
     "load_dense": "checkpoint",
     "load_plugged": "checkpoint",
     "read_checkpoint": "checkpoint",
+    "read_health": "sparsity_health",
 }
 
 for _name, _family in {
@@ -54,6 +62,8 @@ for _name, _family in {
     "KVChannelShrink": "kv_cache",
     "MoEBalancing": "loss",
     "NMSparsity": "sparsity",
+    "SparsityHealth": "sparsity",
+    "ActivationDensity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",
 }.items():

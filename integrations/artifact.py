@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.export.dense import dense_state, write_safetensors
 from lightning_lossplug.export.folder import MANIFEST, artifact_folder
+from lightning_lossplug.export.hardware import hardware_report
+from lightning_lossplug.integrations.artifact_files import ONNX, write_mask_file, write_onnx_file
 from lightning_lossplug.integrations.network import Network, find_network
 from lightning_lossplug.metrics.counts import compliant_groups, stored_bytes, zeros
 from lightning_lossplug.sparsity.technique import NMTechnique
@@ -54,11 +56,15 @@ def export_artifact(
     tokenizer: Any = None,
     data_config: dict[str, Any] | None = None,
     source: str | None = None,
+    masks: bool = False,
+    onnx: bool = False,
+    inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Folds a copy of a module and writes it whole or not at all; the module itself stays as it is.
 
     The folder is read back with the library's own strict loader, and every N:M group is counted, before it takes its
-    place. Besides the weights it holds ``lossplug.json``: patterns, techniques, sizes, versions.
+    place. Besides the weights it holds ``lossplug.json``: the pattern of every layer and whether 2:4 kernels
+    can use it in float16, techniques, sizes, versions.
 
     Args:
         module: A LightningModule (plugged or plain) or a network.
@@ -69,6 +75,9 @@ def export_artifact(
         tokenizer: Saved beside a transformers model.
         data_config: Preprocessing of a timm model's input (``mean``, ``std`` ...), for its config.json.
         source: What it was made of, for the manifest.
+        masks: Write ``masks.safetensors``, a bit per weight of the N:M layers; see :func:`export.read_masks`.
+        onnx: Write ``model.onnx`` and compare it with torch in ONNX Runtime.
+        inputs: Example tensors by argument name for ``onnx``; None makes them for timm and transformers models.
 
     Returns:
         The manifest, with ``folder``.
@@ -92,6 +101,10 @@ def export_artifact(
         else:
             write_safetensors(state, stage / WEIGHTS)
         manifest = _manifest(found, state, {k: v for k, v in inner.items() if k is not None}, techniques, source)
+        if masks:
+            manifest["masks"] = write_mask_file(techniques, found, state, stage)
+        if onnx:
+            manifest["onnx"] = {"file": ONNX, **asdict(write_onnx_file(found, stage, inputs))}
         (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return {**manifest, "folder": str(output), "load": _loader(found, str(output))}
 
@@ -189,6 +202,10 @@ def _manifest(
         name: {**asdict(layer), "shape": list(state[name].shape), "sparsity": zeros(state[name]) / state[name].numel()}
         for name, layer in patterns.items()
     }
+    kernels = hardware_report(found.module, dtype=torch.float16)
+    why = {row.name: row.why for row in kernels.layers}
+    for name, layer in layers.items():
+        layer["kernel_2to4"] = why.get(name.removesuffix(".weight"), "tied to an embedding") or "usable"
     count, nought = sum(v.numel() for v in weights.values()), sum(zeros(v) for v in weights.values())
     return {
         "format": 1,
@@ -203,6 +220,12 @@ def _manifest(
         "nominal_bytes": sum(stored_bytes(v, patterns[n].m if n in patterns else None) for n, v in state.items()),
         "techniques": [{"name": t.name, "settings": asdict(t.settings)} for t in techniques],
         "layers": layers,
+        "kernels_2to4": {
+            "dtype": kernels.dtype,
+            "backend": kernels.backend,
+            "usable": len(kernels.usable),
+            "products": len(kernels.layers),
+        },
         "versions": _versions("lightning_lossplug", "torch", "safetensors", found.library),
     }
 

@@ -54,7 +54,7 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
-            ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
+            ``activation`` (thresholds), ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

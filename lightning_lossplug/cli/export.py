@@ -38,6 +38,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", help="saved beside a transformers model; default: the one of the run's data; none: without"
     )
+    parser.add_argument("--masks", action="store_true", help="also write masks.safetensors: a bit per N:M weight")
+    parser.add_argument(
+        "--onnx", action="store_true", help="also write model.onnx, compared with torch in ONNX Runtime (extra: onnx)"
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
     options = parser.parse_args(arguments)
     require("lightning", "lightning", "lossplug export")
@@ -77,6 +81,8 @@ def export_checkpoint(options: Any) -> dict[str, Any]:
         tokenizer=_tokenizer(options.tokenizer, checkpoint),
         data_config=_data_config(checkpoint, path),
         source=Path(path).name,
+        masks=options.masks,
+        onnx=options.onnx,
     )
 
 
@@ -117,7 +123,14 @@ def _print(manifest: dict[str, Any]) -> None:
         ("weights", bytes_text(manifest["dense_bytes"])),
         ("nominal, compressed", bytes_text(manifest["nominal_bytes"])),
         ("N:M layers", _patterns(manifest["layers"])),
+        ("fit 2:4 kernels", _kernels(manifest)),
     ]
+    if "masks" in manifest:
+        rows.append(("masks", manifest["masks"]))
+    if "onnx" in manifest:
+        check = manifest["onnx"]
+        text = f"{check['file']}, {bytes_text(check['bytes'])}, at most {check['max_difference']:.1e} from torch"
+        rows.append(("ONNX", text))
     out = console()
     out.print(table(f"exported to {plain(manifest['folder'])}", ["", ""], rows))
     out.print("loads without lightning_lossplug:")
@@ -130,3 +143,9 @@ def _patterns(layers: dict[str, dict[str, Any]]) -> str:
         key = f"{layer['n']}:{layer['m']}"
         counts[key] = counts.get(key, 0) + 1
     return ", ".join(f"{count} of {key}" for key, count in counts.items()) or "none"
+
+
+def _kernels(manifest: dict[str, Any]) -> str:
+    found = manifest["kernels_2to4"]
+    text = f"{found['usable']} of {found['products']} layers in {found['dtype']}"
+    return f"{text} (why not: lossplug sparsity {plain(manifest['folder'])})" if found["usable"] == 0 else text

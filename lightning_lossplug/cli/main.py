@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
     "export": "write a checkpoint as a plain folder for timm, transformers or torch",
     "shrink-kv": "calibrate a language model for a KV cache of a fraction of the bytes",
+    "sparsity": "zeros per layer, N:M patterns, and which layers 2:4 kernels can use",
     "list": "losses, recipes, schedules, callbacks, models, data, metrics, configs",
     "show": "what a name means: formula, parameters, source, plot",
 }

@@ -1,4 +1,4 @@
-"""Metrics of sparse weights and compressed caches, for torchmetrics; classes are imported when they are first used."""
+"""Metrics of compressed models, for torchmetrics; the classes are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from lightning_lossplug.errors import require
 from lightning_lossplug.metrics.counts import compliant_groups, stored_bytes, zeros
 from lightning_lossplug.registry import register_path
 
-__all__ = ["DecodePerplexity", "NMCompliance", "Sparsity", "compliant_groups", "stored_bytes", "zeros"]
-
 # name: module, family
 _CLASSES = {
+    "ActivationSparsity": ("activations", "sparsity"),
     "DecodePerplexity": ("decode_perplexity", "kv_cache"),
     "NMCompliance": ("sparsity", "sparsity"),
     "Sparsity": ("sparsity", "sparsity"),
 }
+
+__all__ = [
+    "ActivationSparsity",
+    "DecodePerplexity",
+    "NMCompliance",
+    "Sparsity",
+    "compliant_groups",
+    "stored_bytes",
+    "zeros",
+]
 
 for _name, (_, _family) in _CLASSES.items():
     register_path("metric", _name, f"{__name__}.{_name}", family=_family)

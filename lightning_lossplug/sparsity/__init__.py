@@ -1,6 +1,10 @@
-"""N:M sparsity: masks, scores, recipes, the technique."""
+"""N:M sparsity: masks, scores, recipes, the technique, its health; sparse activations."""
 
+from lightning_lossplug.sparsity.activation import DensityPenalty, density, find_activations
+from lightning_lossplug.sparsity.activation_ppl import PPLSparsity, ppl_p_sparsity
+from lightning_lossplug.sparsity.activation_threshold import ActivationThresholds
 from lightning_lossplug.sparsity.budget import search_patterns
+from lightning_lossplug.sparsity.health import LayerHealth, Settling, mean_health, nm_health
 from lightning_lossplug.sparsity.nm_ast import NMAST, ASTAdamW, annealed_pull
 from lightning_lossplug.sparsity.nm_bimask import NMBiMask, backward_mask, best_order, bimask_linear
 from lightning_lossplug.sparsity.nm_mask import nm_mask
@@ -33,6 +37,9 @@ __all__ = [
     "NMSTE",
     "NMTSRSTE",
     "ASTAdamW",
+    "ActivationThresholds",
+    "DensityPenalty",
+    "LayerHealth",
     "MdGfExponential",
     "MdGfLinear",
     "NMBiMask",
@@ -42,10 +49,12 @@ __all__ = [
     "NMStep",
     "NMTechnique",
     "NMTransposable",
+    "PPLSparsity",
     "Recipe",
     "STEPAdamW",
     "SdGfGeometric",
     "SdGfStepwise",
+    "Settling",
     "StepState",
     "add_prior",
     "annealed_pull",
@@ -53,14 +62,19 @@ __all__ = [
     "best_order",
     "bimask_linear",
     "decayed_ste",
+    "density",
+    "find_activations",
     "gradient_scores",
     "magnitude_scores",
     "masked_ste",
+    "mean_health",
     "mvue24",
+    "nm_health",
     "nm_mask",
     "nm_patterns",
     "permutation_search",
     "permute_for_sparsity",
+    "ppl_p_sparsity",
     "prune_nm",
     "rescale",
     "sampled_mask",

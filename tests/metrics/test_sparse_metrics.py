@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.metrics import NMCompliance, Sparsity, compliant_groups, stored_bytes, zeros
+from lightning_lossplug.metrics import ActivationSparsity, NMCompliance, Sparsity, compliant_groups, stored_bytes, zeros
 from lightning_lossplug.registry import registry
 
 
@@ -50,3 +50,15 @@ def test_stored_bytes():
     assert stored_bytes(torch.ones(8, 8)) == 256  # positions would only add
     assert stored_bytes(weight) == 32 * 4 + 512 // 8  # a bit per entry
     assert stored_bytes(weight, 16) == 32 * 4 + 32 * 4 // 8  # four bits per nonzero
+
+
+def test_activation_sparsity_counts_small_entries_of_valid_tokens():
+    h = torch.tensor([[[0.0, 0.5], [0.0, 0.0]], [[-0.05, 2.0], [0.0, 1.0]]])
+    metric = ActivationSparsity()
+    metric.update(h)
+    assert float(metric.compute()) == pytest.approx(4 / 8)
+    loose = registry.create("metric", "ActivationSparsity", threshold=0.1)
+    loose.update(h, torch.tensor([[1, 0], [1, 1]]))
+    assert float(loose.compute()) == pytest.approx(3 / 6)
+    with pytest.raises(LossplugError, match="threshold is -1"):
+        ActivationSparsity(-1)

@@ -1,0 +1,51 @@
+"""N:M masks under FSDP2 on two gloo ranks: equal to one process, zeros stay zero, a checkpoint goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from train_fsdp2 import LAYERS, RECIPES, STEPS, fit
+
+SCRIPT = Path(__file__).parent / "train_fsdp2.py"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(SCRIPT.parent.parent.parent),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def test_two_shards_hold_the_masks_of_one_process(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    for recipe in RECIPES:
+        alone = fit(tmp_path, recipe, 1)
+        one, two = first[recipe]["straight"], second[recipe]["straight"]
+        resumed = first[recipe]["resumed"]
+        assert one["step"] == alone["step"] == resumed["step"] == STEPS
+        assert one["rows"] == {"net.0": 16, "net.2": 16, "net.4": 4}
+        assert two["rows"]["net.4"] == 3
+        assert one["health"][-6:] == resumed["health"][-6:]
+        for ours, theirs in zip(one["health"], alone["health"], strict=True):  # whole weights, gradients and moments
+            for key, value in theirs.items():
+                assert ours[key] == (pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value)
+        for name in LAYERS:
+            mask = one["masks"][name]
+            assert torch.equal(mask, two["masks"][name])
+            assert torch.equal(mask, alone["masks"][name])
+            assert (mask.reshape(-1, 4).sum(1) == 2).all()
+            torch.testing.assert_close(one["weights"][name], alone["weights"][name], rtol=1e-4, atol=1e-6)
+            assert (one["used"][name].reshape(-1, 4).count_nonzero(1) <= 2).all()
+            assert torch.equal(one["used"][name], two["used"][name])
+            assert torch.equal(one["weights"][name], resumed["weights"][name])
+            assert torch.equal(mask, resumed["masks"][name])
+            if recipe == "nm_oneshot":
+                assert not one["weights"][name][~mask].any()
+            else:
+                assert one["weights"][name][~mask].any()  # the dense weight lives on
