@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.qat import QAT
+    from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
+    "QAT",
     "SAM",
     "ExactResume",
+    "GradientAdaptiveQAT",
     "NMSparsity",
     "SwapLoss",
     "TechniqueCallback",
@@ -32,8 +36,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "QAT": "qat",
     "SAM": "sam",
     "ExactResume": "exact_resume",
+    "GradientAdaptiveQAT": "qat_gradient",
     "NMSparsity": "nm_sparsity",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
@@ -48,6 +54,8 @@ for _name, _family in {
     "NMSparsity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",
+    "QAT": "quantization",
+    "GradientAdaptiveQAT": "quantization",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 

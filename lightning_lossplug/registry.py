@@ -32,6 +32,7 @@ BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
     "lightning_lossplug.sparsity",
+    "lightning_lossplug.quantization",
     "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
     "lightning_lossplug.integrations",
@@ -53,8 +54,8 @@ class Entry:
     """What is known of a registered name.
 
     Args:
-        kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``schedule``, ``callback``, ``model``, ``data``,
-            ``metric`` or ``exporter``.
+        kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``schedule``, ``quantizer``, ``callback``, ``model``,
+            ``data``, ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError
 
 STAGES = ("structure", "sparsity", "quantization")
+INPUT = "input"  # in the place of a parameter's name: the stack that a layer's first input passes through
 
 
 class WeightTransform(nn.Module):
@@ -163,6 +164,61 @@ def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weig
     stack[transform.stage] = transform.to(weight.device)
 
 
+def plug_input(layer: nn.Module, transform: WeightTransform, *, where: str = "layer") -> None:
+    """Adds a transform that the layer's first input passes through on every call of the layer.
+
+    Args:
+        layer: Any module that is called (``nn.MultiheadAttention`` reads the weight of its projection instead).
+        transform: Its ``stage`` decides the place in the stack.
+        where: Module path, for messages.
+
+    Raises:
+        LossplugError: The stage is taken.
+    """
+    taken = transform_of(layer, transform.stage, INPUT)
+    if taken is not None:
+        raise LossplugError(
+            f"two techniques want the {transform.stage} stage of the input: {type(taken).__name__} and "
+            f"{type(transform).__name__}",
+            where=where,
+            remedy="Give each technique layers of its own",
+        )
+    if transforms_name(INPUT) not in layer._modules:
+        layer.add_module(transforms_name(INPUT), nn.ModuleDict())
+        layer.register_forward_pre_hook(_transform_input, with_kwargs=True)
+        plugged: tuple[str, ...] = type(layer).plugged_parameters if isinstance(layer, PluggedLayer) else ()
+        layer.__class__ = plugged_class(plain_class(layer), plugged)
+    stack: Any = layer._modules[transforms_name(INPUT)]
+    weight = next(layer.parameters(), None)
+    stack[transform.stage] = transform if weight is None else transform.to(weight.device)
+
+
+# A function of the module, so that copies and pickles of a layer find the stack of the copy.
+def _transform_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    stack: dict[str, Any] = layer._modules[transforms_name(INPUT)]._modules  # type: ignore[union-attr]
+    value = args[0] if args else kwargs["input"]
+    for stage in STAGES:
+        if stage in stack:
+            value = stack[stage](value)
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "input": value})
+
+
+def unplug_input(layer: nn.Module, stage: str) -> None:
+    """Takes a transform of the input off."""
+    stack: Any = layer._modules.get(transforms_name(INPUT))
+    if stack is None or stage not in stack._modules:
+        return
+    del stack._modules[stage]
+    if stack._modules:
+        return
+    del layer._modules[transforms_name(INPUT)]
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _transform_input]:
+        del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    rest: tuple[str, ...] = type(layer).plugged_parameters  # type: ignore[attr-defined]
+    layer.__class__ = plugged_class(plain_class(layer), rest) if rest else plain_class(layer)
+
+
 def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
     """Takes a transform off without folding it: the Parameter keeps its latent value."""
     stack: Any = layer._modules.get(transforms_name(parameter))
@@ -173,7 +229,8 @@ def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
         return
     rest = tuple(name for name in type(layer).plugged_parameters if name != parameter)  # type: ignore[attr-defined]
     plain = plain_class(layer)
-    layer.__class__ = plugged_class(plain, rest) if rest else plain
+    keep = rest or transforms_name(INPUT) in layer._modules
+    layer.__class__ = plugged_class(plain, rest) if keep else plain
     del layer._modules[transforms_name(parameter)]
 
 
@@ -187,6 +244,8 @@ def plugged_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @torch.no_grad()
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Writes every transformed value into its Parameter and gives the layers their plain classes back.
+
+    Transforms of inputs have no Parameter to go into: they are taken off.
 
     Args:
         model: A model with plugged layers.
@@ -211,4 +270,6 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for parameter in type(layer).plugged_parameters:
             for stage in STAGES:
                 unplug(layer, stage, parameter=parameter)
+        for stage in STAGES:
+            unplug_input(layer, stage)
     return model
