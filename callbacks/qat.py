@@ -78,6 +78,8 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.
+        scale_update: ``multiplicative`` (an optimizer's step d makes a scale s exp(d)), ``additive``, or ``auto``:
+            multiplicative with optimizers of the Adam kind, whose steps don't shrink with the scale.
         scale_lr: Learning rate of the scales, as a factor of their layer's.
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own, in the optimizers that ``configure_optimizers`` builds.
@@ -100,6 +102,7 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         weight_options: dict[str, Any] | None = None,
         activation_options: dict[str, Any] | None = None,
         init_batches: int = 1,
+        scale_update: Literal["auto", "additive", "multiplicative"] = "auto",
         scale_lr: float = 1.0,
         scale_weight_decay: float = 0.0,
         scale_group: bool = True,
@@ -117,6 +120,7 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
             weight_options=weight_options or {},
             activation_options=activation_options or {},
             init_batches=init_batches,
+            scale_update=scale_update,
             scale_lr=scale_lr,
             scale_weight_decay=scale_weight_decay,
             scale_group=scale_group,

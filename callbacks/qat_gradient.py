@@ -63,6 +63,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.
+        scale_update: ``multiplicative`` (an optimizer's step d makes a scale s exp(d)), ``additive``, or ``auto``:
+            multiplicative with optimizers of the Adam kind, whose steps don't shrink with the scale.
         scale_lr: Learning rate of the scales, as a factor of their layer's.
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own.
@@ -98,6 +100,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         weight_options: dict[str, Any] | None = None,
         activation_options: dict[str, Any] | None = None,
         init_batches: int = 1,
+        scale_update: Literal["auto", "additive", "multiplicative"] = "auto",
         scale_lr: float = 1.0,
         scale_weight_decay: float = 0.0,
         scale_group: bool = True,
@@ -128,6 +131,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
             weight_options=weight_options or {},
             activation_options=activation_options or {},
             init_batches=init_batches,
+            scale_update=scale_update,
             scale_lr=scale_lr,
             scale_weight_decay=scale_weight_decay,
             scale_group=scale_group,
@@ -229,7 +233,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
                 if loss is None:
                     continue
                 share = 1 if self.technique.settings.replay == "last" else trainer.accumulate_grad_batches
-                trainer.strategy.backward(loss / share, optimizer)  # type: ignore[operator]
+                trainer.strategy.backward(loss / share, optimizer)  # type: ignore[operator, arg-type]
 
     @contextmanager
     def _repeating(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -248,7 +252,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         unscale = 1.0 if scaler is None else 1.0 / float(scaler.get_scale())
-        second = [p.grad * unscale for p in params]  # type: ignore[operator]
+        second: list[Tensor] = [p.grad * unscale for p in params]  # type: ignore[operator, misc]
         total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in second]))
         if not bool(total.isfinite()):
             for p, g in zip(params, first, strict=True):

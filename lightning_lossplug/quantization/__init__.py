@@ -30,6 +30,7 @@ from lightning_lossplug.quantization.gaqat import (
 )
 from lightning_lossplug.quantization.grid import integer_range
 from lightning_lossplug.quantization.groups import scale_groups, split_groups
+from lightning_lossplug.quantization.integer import IntegerLayer, integer_layer, integer_model
 from lightning_lossplug.quantization.lsq import LSQ, lsq
 from lightning_lossplug.quantization.lsq_plus import LSQPlus, lsq_plus
 from lightning_lossplug.quantization.observers import (
@@ -40,8 +41,10 @@ from lightning_lossplug.quantization.observers import (
     mse_range,
     percentile_range,
 )
+from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
 from lightning_lossplug.quantization.pact import PACT, pact
 from lightning_lossplug.quantization.paretoq import ParetoQ, paretoq
+from lightning_lossplug.quantization.self_compress import SelfCompress, self_compress
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
@@ -63,6 +66,7 @@ __all__ = [
     "GradientAdaptiveSettings",
     "GradientAdaptiveTechnique",
     "GradientGate",
+    "IntegerLayer",
     "LSQPlus",
     "ParetoQ",
     "QATSettings",
@@ -70,9 +74,11 @@ __all__ = [
     "QuantTransform",
     "Quantizer",
     "ReSTE",
+    "SelfCompress",
     "affine_parameters",
     "binarydm",
     "biper",
+    "bits_for",
     "create",
     "dorefa",
     "dorefa_activation",
@@ -80,6 +86,8 @@ __all__ = [
     "fake_quant",
     "fp_quant",
     "gradient_disorder",
+    "integer_layer",
+    "integer_model",
     "integer_range",
     "lsq",
     "lsq_plus",
@@ -87,6 +95,7 @@ __all__ = [
     "mse_range",
     "mx",
     "nvfp4",
+    "pack_codes",
     "pact",
     "paretoq",
     "paused",
@@ -95,8 +104,10 @@ __all__ = [
     "reste_power",
     "round_element",
     "scale_groups",
+    "self_compress",
     "split_groups",
     "tbt",
+    "unpack_codes",
 ]
 
 

@@ -54,7 +54,7 @@ class Quantizer(nn.Module, ABC):
 
     name: ClassVar[str]
     scales: ClassVar[dict[str, float]] = {}  # learned tensors with the layout's shape, and what they hold until set
-    positive: ClassVar[tuple[str, ...]] = ()  # those that have to stay above 0
+    positive: tuple[str, ...] = ()  # those that have to stay above 0
 
     seen: Tensor
     negative: Tensor
@@ -206,6 +206,11 @@ class Quantizer(nn.Module, ABC):
         return self
 
     @property
+    def has_codes(self) -> bool:
+        """Whether its values are whole multiples of a step, which integers can hold."""
+        return type(self).grid is not Quantizer.grid
+
+    @property
     def has_zero(self) -> bool:
         """Whether 0 is on the grid, so that pruned weights stay 0."""
         return True
@@ -219,11 +224,7 @@ class Quantizer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not any(key.startswith(prefix) for key in state_dict):
-            # A dense checkpoint: it loads strictly, and scales of other weights are worth nothing.
-            layer = prefix.rpartition("_transforms.")[0].rpartition(".")[0]
-            if any(key.startswith(f"{layer}.") for key in state_dict):
-                self.forget()
-            return
+            return  # a dense checkpoint, which loads strictly
         if not self.ready:
             for name in self.scales:
                 saved = state_dict.get(prefix + name)

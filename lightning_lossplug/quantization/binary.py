@@ -176,7 +176,7 @@ class BiPer(Quantizer):
 
     name: ClassVar[str] = "biper"
     scales: ClassVar[dict[str, float]] = {"alpha": 1.0}
-    positive: ClassVar[tuple[str, ...]] = ("alpha",)
+    positive: tuple[str, ...] = ("alpha",)
     bits = 1
 
     alpha: Tensor

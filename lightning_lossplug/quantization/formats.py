@@ -234,7 +234,7 @@ class FPQuant(Quantizer):
 
     name: ClassVar[str] = "fp_quant"
     scales: ClassVar[dict[str, float]] = {"max": 1.0}
-    positive: ClassVar[tuple[str, ...]] = ("max",)
+    positive: tuple[str, ...] = ("max",)
 
     max: Tensor
 

@@ -33,7 +33,7 @@ class _OffsetFunction(torch.autograd.Function):
         step = s.clamp_min(EPS)
         if integer:
             z = (-beta / step).round().clamp(n, p)
-            return ((x / step).add_(z).clamp_(n, p).round_().sub_(z)).mul_(step)
+            return ((x / step).round_().add_(z).clamp_(n, p).sub_(z)).mul_(step)
         return ((x - beta) / step).clamp_(n, p).round_().mul_(step).add_(beta)
 
     @staticmethod
@@ -119,7 +119,7 @@ class LSQPlus(Quantizer):
 
     name: ClassVar[str] = "lsq_plus"
     scales: ClassVar[dict[str, float]] = {"s": 1.0, "beta": 0.0}
-    positive: ClassVar[tuple[str, ...]] = ("s",)
+    positive: tuple[str, ...] = ("s",)
 
     s: Tensor
     beta: Tensor
@@ -169,9 +169,14 @@ class LSQPlus(Quantizer):
         factor = grad_factor(x, p, self.grad_scale)
         return _OffsetFunction.apply(x, self.s, self.beta, float(n), float(p), factor, self.integer_zero_point)
 
+    @property
+    def has_codes(self) -> bool:
+        """A float offset has none."""
+        return self.integer_zero_point or not self.learn_offset
+
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step and zero-point."""
-        if not self.integer_zero_point and self.learn_offset:
+        if not self.has_codes:
             raise LossplugError(
                 "a float offset has no integer codes", where=self.where, remedy="Train with integer_zero_point=True"
             )

@@ -80,7 +80,7 @@ class PACT(Quantizer):
 
     name: ClassVar[str] = "pact"
     scales: ClassVar[dict[str, float]] = {"alpha": 1.0}
-    positive: ClassVar[tuple[str, ...]] = ("alpha",)
+    positive: tuple[str, ...] = ("alpha",)
 
     alpha: Tensor
 

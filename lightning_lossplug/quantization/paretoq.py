@@ -120,7 +120,7 @@ class ParetoQ(Quantizer):
 
     name: ClassVar[str] = "paretoq"
     scales: ClassVar[dict[str, float]] = {"alpha": 1.0}
-    positive: ClassVar[tuple[str, ...]] = ("alpha",)
+    positive: tuple[str, ...] = ("alpha",)
 
     alpha: Tensor
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.quantization.grid import EPS, check_choice, check_range
+from lightning_lossplug.quantization.self_compress import SelfCompress
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import Progress
@@ -49,6 +50,9 @@ class QATSettings:
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.
+        scale_update: ``multiplicative`` makes an optimizer's step d on a scale s the step d on log s, so s becomes
+            s exp(d); ``additive`` leaves it; ``auto`` is multiplicative with optimizers of the Adam kind (those with
+            ``betas``), whose steps are as large as the learning rate however small the scale.
         scale_lr: Learning rate of the scales, as a factor of their layer's.
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own; without it they stay where the user put them, with
@@ -67,6 +71,7 @@ class QATSettings:
     weight_options: dict[str, Any] = field(default_factory=dict)
     activation_options: dict[str, Any] = field(default_factory=dict)
     init_batches: int = 1
+    scale_update: str = "auto"
     scale_lr: float = 1.0
     scale_weight_decay: float = 0.0
     scale_group: bool = True
@@ -80,6 +85,7 @@ class QATSettings:
                 where=where,
                 remedy="Give group_size with granularity='group', and only then",
             )
+        check_choice(where, "scale_update", self.scale_update, ("auto", "additive", "multiplicative"))
         for name in ("scale_lr", "scale_weight_decay"):
             check_range(where, name, getattr(self, name), 0)
         check_range(where, "init_batches", self.init_batches, 1)
@@ -189,6 +195,7 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
         super().__init__(settings)
         self.layers: dict[str, QuantLayer] = {}
         self.trained = False
+        self._before: list[tuple[nn.Parameter, Tensor]] = []  # scales and their values before the step
 
     def attach(self, model: nn.Module) -> Selection:
         """Plugs the selected layers; see :meth:`Technique.attach`."""
@@ -205,6 +212,9 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
                 end = float(self.settings.first_last_bits or 8)
                 bits_w, bits_a = bits_w and end, bits_a and end
             self.layers[candidate.name] = self._plug(model, candidate, bits_w, bits_a)
+        paying = [layer.weight for layer in self.layers.values() if isinstance(layer.weight, SelfCompress)]
+        for quantizer in paying:
+            quantizer.total_weights = sum(each.own_weights for each in paying)
         return selection
 
     def _check(self, candidate: Candidate) -> str | None:
@@ -315,12 +325,26 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
-        """Adds the gradients of the quantisers' own penalties."""
+        """Adds the gradients of the quantisers' own penalties; remembers scales that change by factors."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        update = self.settings.scale_update
+        by_factors = update == "multiplicative" or (update == "auto" and "betas" in optimizer.defaults)
+        self._before.clear()
         for layer in self.layers.values():
             for _, quantizer in layer.quantizers():
                 if any(id(p) in held for p in quantizer.parameters()):
                     quantizer.add_gradients(grad_scale)
+                for name in quantizer.positive if by_factors else ():
+                    scale = quantizer.get_parameter(name)
+                    if id(scale) in held and scale.grad is not None:
+                        self._before.append((scale, scale.detach().clone()))
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Takes the optimizer's step on those scales as a step of their logarithm."""
+        for scale, old in self._before:
+            scale.copy_(old * (scale - old).exp())
+        self._before.clear()
 
     def detach(self, model: nn.Module) -> None:
         """Takes the quantisers off; the latent weights stay."""

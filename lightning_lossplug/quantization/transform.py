@@ -36,5 +36,9 @@ class QuantTransform(WeightTransform):
             return f"{error.what}. {error.remedy}"
         return None
 
+    def weight_replaced(self) -> None:
+        """The scales of another weight are worth nothing: the next tensor sets them."""
+        self.quantizer.forget()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Nothing of its own to load; the quantiser does."""

@@ -32,6 +32,9 @@ class WeightTransform(nn.Module):
         """Returns why the weight can't be folded now (a decay not at its end, say), or None."""
         return None
 
+    def weight_replaced(self) -> None:
+        """Told when a checkpoint that knows nothing of this transform has replaced the layer's weight."""
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -53,6 +56,17 @@ class PluggedLayer:
     """Mixin of every plugged class; ``isinstance(layer, PluggedLayer)`` tells a plugged layer."""
 
     plugged_parameters: ClassVar[tuple[str, ...]]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if not any(f"{prefix}{parameter}" in state_dict for parameter in self._parameters):  # type: ignore[attr-defined]
+            return
+        for parameter in (*self.plugged_parameters, INPUT):
+            stack = self._modules.get(transforms_name(parameter), {})  # type: ignore[attr-defined]
+            for stage, transform in getattr(stack, "_modules", {}).items():
+                own = f"{prefix}{transforms_name(parameter)}.{stage}."
+                if not any(key.startswith(own) for key in state_dict):
+                    transform.weight_replaced()
 
 
 def transforms_name(parameter: str) -> str:

@@ -73,11 +73,37 @@ def test_the_bare_loop_is_the_callback():
         nn.functional.cross_entropy(net.train()(x), y).backward()
         technique.before_step(optimizer)
         optimizer.step()
+        technique.after_step(optimizer)
         technique.advance(Progress(step + 1, 8))
     assert_equal(state_of(net), state_of(module.net))
     technique.detach(net)
     assert not list(plugged_layers(net))
     assert not net[0]._forward_pre_hooks
+
+
+def test_steps_of_adam_change_scales_by_factors():
+    for update, expected in (("auto", 0.002 * torch.e**-0.5), ("additive", 0.002 - 0.5)):
+        technique = QATTechnique(QATSettings(8, None, scale_update=update, granularity="tensor"))
+        layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        technique.attach(layer)
+        scale = quantizer(layer[0]).s
+        scale.data.fill_(0.002)
+        scale.grad = torch.ones(1)
+        optimizer = torch.optim.Adam([scale], 0.5)
+        technique.before_step(optimizer)
+        optimizer.step()
+        technique.after_step(optimizer)
+        assert scale.item() == pytest.approx(expected, rel=1e-5)
+    technique = QATTechnique(QATSettings(8, None, granularity="tensor"))
+    technique.attach(layer := nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    scale = quantizer(layer[0]).s
+    scale.data.fill_(2.0)
+    scale.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([scale], 0.5)
+    technique.before_step(optimizer)
+    optimizer.step()
+    technique.after_step(optimizer)
+    assert scale.item() == 1.5
 
 
 def test_selection_of_first_last_and_named_layers():
@@ -110,10 +136,11 @@ def test_selection_of_first_last_and_named_layers():
         {"weight": "reste", "bits_w": 1},
         {"weight": "biper", "bits_w": 1},
         {"weight": "binarydm", "bits_w": 2},
+        {"weight": "self_compress", "bits_w": 6},
         {"weight": "mx", "activation": "mx", "bits_w": 4, "weight_options": {"elem": "fp4_e2m1"}},
         {"weight": "nvfp4", "activation": "nvfp4", "bits_w": 4, "bits_a": 4},
         {"weight": "fp_quant", "activation": "fp_quant"},
-        {"granularity": "group", "group_size": 8, "bits_w": 4},
+        {"granularity": "group", "group_size": 8, "bits_w": 4, "first_last_bits": None},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )

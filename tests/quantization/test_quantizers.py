@@ -25,6 +25,7 @@ from lightning_lossplug.quantization import (
     paretoq,
     percentile_range,
     reste,
+    self_compress,
     tbt,
 )
 
@@ -40,6 +41,7 @@ WEIGHTS = {
     "biper": ({"stage": 2}, True),
     "tbt": ({"weight_bits": 2}, True),
     "binarydm": ({}, False),
+    "self_compress": ({"bits": 4}, True),
     "fp_quant": ({"bits": 8}, False),
     "mx": ({"elem": "fp4_e2m1"}, False),
     "nvfp4": ({}, False),
@@ -320,6 +322,27 @@ def test_binary_methods():
     torch.testing.assert_close(dw, (g - through) * a1 * (w.abs() <= 1) + through)
     errors = [create("binarydm", order=o).initialize(w.float())(w.float()).sub(w).square().mean() for o in (1, 2)]
     assert errors[1] <= errors[0]
+
+
+def test_self_compress():
+    w = weight(4, 30, dtype=torch.float64)
+    e, b = torch.full((4, 1), -4.0, dtype=torch.float64), torch.tensor([[3.0], [2.5], [8.0], [0.0]]).double()
+    y, g, (dw, de, db) = gradients(self_compress, w, e, b)
+    half, ln2 = 2 ** (b - 1), math.log(2)
+    v = w / 2**e
+    inside = (v >= -half) & (v <= half - 1)
+    torch.testing.assert_close(y, 2**e * torch.maximum(torch.minimum(v, half - 1), -half).round())
+    assert y[3].abs().max() == 0
+    torch.testing.assert_close(dw[:3], (g * inside)[:3])
+    torch.testing.assert_close(de[:3], (ln2 * g * (y - w * inside)).sum(1, keepdim=True)[:3])
+    end = torch.where(v > half - 1, 1.0, torch.where(v < -half, -1.0, 0.0))
+    torch.testing.assert_close(db[:3], (g * end * ln2 * half * 2**e).sum(1, keepdim=True)[:3])
+    torch.testing.assert_close(self_compress(w, e * 0 - 20, e * 0 + 32), w, rtol=0, atol=2**-20)
+    quantizer = create("self_compress", gamma=0.3)
+    quantizer(w.float()).sum().backward()
+    before = quantizer.b.grad.clone()
+    quantizer.add_gradients()
+    torch.testing.assert_close(quantizer.b.grad - before, torch.full((4, 1), 0.3 / 4))
 
 
 @settings(max_examples=20, deadline=None)
