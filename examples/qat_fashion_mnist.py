@@ -93,7 +93,8 @@ def finetune(run: str, start: Network, data: pl.LightningDataModule, arguments: 
     if callback is not None:
         report = save_packed(module, arguments.output / f"{run.replace(' ', '_')}.safetensors")
         integers, left = integer_model(module)
-        found |= {"integer_accuracy": fit.test(integers, data, verbose=False)[0]["accuracy"], "left": left}
+        plain = trainer(1, arguments, [])  # without the callback, which would look for float layers
+        found |= {"integer_accuracy": plain.test(integers, data, verbose=False)[0]["accuracy"], "left": left}
         found |= {"bytes": report["bytes"], "float_bytes": report["float_bytes"]}
         found |= {key: float(value) for key, value in callback.technique.logs().items()}
     return found

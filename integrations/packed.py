@@ -24,9 +24,10 @@ KEY = "lossplug_quantized"
 def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Writes a QAT model with its weights as packed codes.
 
-    A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has one, ``p.zero_point``; the
-    static step of a layer's input is ``p.input_scale``. Every other tensor of the folded model keeps its key. Weights
-    whose quantiser has no integer codes (floating formats, several bases) are written folded.
+    A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has
+    one, ``p.zero_point``; the static step of a layer's input is ``p.input_scale``. Every other tensor of the folded
+    model keeps its key. Weights whose quantiser has no integer codes (floating formats, several bases) are written
+    folded.
 
     Args:
         model: A module with plugged layers; it stays as it is.

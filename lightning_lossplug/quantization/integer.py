@@ -261,8 +261,9 @@ def _input_bounds(quantizer: Quantizer) -> tuple[int, int]:
 def integer_model(model: nn.Module, *, backend: Backend = "auto") -> tuple[nn.Module, dict[str, str]]:
     """Returns a copy of a QAT model with its quantised layers in integers.
 
-    The copy is in eval mode and computes what the QAT model computes in eval mode, up to float32 rounding (1e-5 of the
-    output's range). Layers without an integer form stay as they are, fake-quantised.
+    The copy is in eval mode and computes what the QAT model computes in eval mode: each layer up to float32 rounding
+    (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
+    Layers without an integer form stay as they are, fake-quantised.
 
     Args:
         model: A module with plugged layers, on the CPU for the fast kernels.

@@ -210,11 +210,12 @@ def plug_input(layer: nn.Module, transform: WeightTransform, *, where: str = "la
 # A function of the module, so that copies and pickles of a layer find the stack of the copy.
 def _transform_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     stack: dict[str, Any] = layer._modules[transforms_name(INPUT)]._modules  # type: ignore[union-attr]
-    value = args[0] if args else kwargs["input"]
+    name = "" if args else next(iter(kwargs))
+    value = args[0] if args else kwargs[name]
     for stage in STAGES:
         if stage in stack:
             value = stack[stage](value)
-    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "input": value})
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
 
 
 def unplug_input(layer: nn.Module, stage: str) -> None:
