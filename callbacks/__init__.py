@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.qat import QAT
+    from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
+    "QAT",
     "SAM",
     "ActivationDensity",
     "ExactResume",
+    "GradientAdaptiveQAT",
     "KVChannelShrink",
     "MoEBalancing",
     "NMSparsity",
@@ -41,11 +45,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "QAT": "qat",
     "SAM": "sam",
     "ActivationDensity": "activation_sparsity",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
     "MoEBalancing": "moe_balancing",
+    "GradientAdaptiveQAT": "qat_gradient",
     "NMSparsity": "nm_sparsity",
     "SparsityHealth": "sparsity_health",
     "SwapLoss": "swap_loss",
@@ -66,6 +72,8 @@ for _name, _family in {
     "ActivationDensity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",
+    "QAT": "quantization",
+    "GradientAdaptiveQAT": "quantization",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 

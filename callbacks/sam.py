@@ -130,21 +130,12 @@ class SAM(Callback):
 
     @contextmanager
     def _second_pass(self, pl_module: LightningModule) -> Iterator[None]:
-        norms = [m for m in pl_module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        buffers = [b for m in norms for b in m.buffers(recurse=False)]
-        kept = [b.clone() for b in buffers]
-        metrics = [(m, _metric_state(m)) for m in pl_module.modules() if isinstance(m, Metric)]
         self._second = True
         try:
-            yield
+            with frozen_statistics(pl_module):
+                yield
         finally:
             self._second = False
-            with torch.no_grad():
-                for buffer, old in zip(buffers, kept, strict=True):
-                    buffer.copy_(old)
-            for metric, state in metrics:
-                for name, value in state.items():
-                    setattr(metric, name, value)
 
     def _clean_up(self, pl_module: LightningModule) -> None:
         for name in ("optimizer_step", "log", "log_dict"):
@@ -157,6 +148,24 @@ class SAM(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same after an exception, when ``teardown`` is not called."""
         self._clean_up(pl_module)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the context running statistics of normalisation layers and torchmetrics states don't move."""
+    norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    buffers = [b for m in norms for b in m.buffers(recurse=False)]
+    kept = [b.clone() for b in buffers]
+    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in zip(buffers, kept, strict=True):
+                buffer.copy_(old)
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:

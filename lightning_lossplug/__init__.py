@@ -20,6 +20,7 @@ _ROOMS = {
     "kv_cache",
     "losses",
     "metrics",
+    "quantization",
     "schedules",
     "sparsity",
     "surgery",

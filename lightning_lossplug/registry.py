@@ -32,6 +32,7 @@ BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
     "lightning_lossplug.sparsity",
+    "lightning_lossplug.quantization",
     "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
     "lightning_lossplug.integrations",
@@ -54,7 +55,8 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
-            ``activation`` (thresholds), ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
+            ``activation`` (thresholds), ``quantizer``, ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or
+            ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

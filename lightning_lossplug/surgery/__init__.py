@@ -2,19 +2,23 @@
 
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method, wrapped_methods
 from lightning_lossplug.surgery.plug import (
+    INPUT,
     STAGES,
     PluggedLayer,
     WeightTransform,
     fold,
     latent,
     plug,
+    plug_input,
     plugged_layers,
     transform_of,
     unplug,
+    unplug_input,
 )
 from lightning_lossplug.surgery.select import LAYER_KINDS, Candidate, LayerKind, Selection, candidates, select
 
 __all__ = [
+    "INPUT",
     "LAYER_KINDS",
     "STAGES",
     "Candidate",
@@ -26,10 +30,12 @@ __all__ = [
     "fold",
     "latent",
     "plug",
+    "plug_input",
     "plugged_layers",
     "select",
     "transform_of",
     "unplug",
+    "unplug_input",
     "unwrap_method",
     "wrap_method",
     "wrapped_methods",

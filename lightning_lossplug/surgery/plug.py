@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError
 
 STAGES = ("structure", "sparsity", "quantization")
+INPUT = "input"  # in the place of a parameter's name: the stack that a layer's first input passes through
 
 
 class WeightTransform(nn.Module):
@@ -36,6 +37,9 @@ class WeightTransform(nn.Module):
 
     def unplugged(self, layer: nn.Module, parameter: str) -> None:
         """Called when the transform has left the stack, also on a folded copy of the layer."""
+
+    def weight_replaced(self) -> None:
+        """Told when a checkpoint that knows nothing of this transform has replaced the layer's weight."""
 
     def _load_from_state_dict(
         self,
@@ -58,6 +62,17 @@ class PluggedLayer:
     """Mixin of every plugged class; ``isinstance(layer, PluggedLayer)`` tells a plugged layer."""
 
     plugged_parameters: ClassVar[tuple[str, ...]]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if not any(f"{prefix}{parameter}" in state_dict for parameter in self._parameters):  # type: ignore[attr-defined]
+            return
+        for parameter in (*self.plugged_parameters, INPUT):
+            stack = self._modules.get(transforms_name(parameter), {})  # type: ignore[attr-defined]
+            for stage, transform in getattr(stack, "_modules", {}).items():
+                own = f"{prefix}{transforms_name(parameter)}.{stage}."
+                if not any(key.startswith(own) for key in state_dict):
+                    transform.weight_replaced()
 
 
 def transforms_name(parameter: str) -> str:
@@ -170,6 +185,62 @@ def plug(layer: nn.Module, transform: WeightTransform, *, parameter: str = "weig
     transform.plugged(layer, parameter)
 
 
+def plug_input(layer: nn.Module, transform: WeightTransform, *, where: str = "layer") -> None:
+    """Adds a transform that the layer's first input passes through on every call of the layer.
+
+    Args:
+        layer: Any module that is called (``nn.MultiheadAttention`` reads the weight of its projection instead).
+        transform: Its ``stage`` decides the place in the stack.
+        where: Module path, for messages.
+
+    Raises:
+        LossplugError: The stage is taken.
+    """
+    taken = transform_of(layer, transform.stage, INPUT)
+    if taken is not None:
+        raise LossplugError(
+            f"two techniques want the {transform.stage} stage of the input: {type(taken).__name__} and "
+            f"{type(transform).__name__}",
+            where=where,
+            remedy="Give each technique layers of its own",
+        )
+    if transforms_name(INPUT) not in layer._modules:
+        layer.add_module(transforms_name(INPUT), nn.ModuleDict())
+        layer.register_forward_pre_hook(_transform_input, with_kwargs=True)
+        plugged: tuple[str, ...] = type(layer).plugged_parameters if isinstance(layer, PluggedLayer) else ()
+        layer.__class__ = plugged_class(plain_class(layer), plugged)
+    stack: Any = layer._modules[transforms_name(INPUT)]
+    weight = next(layer.parameters(), None)
+    stack[transform.stage] = transform if weight is None else transform.to(weight.device)
+
+
+# A function of the module, so that copies and pickles of a layer find the stack of the copy.
+def _transform_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    stack: dict[str, Any] = layer._modules[transforms_name(INPUT)]._modules  # type: ignore[union-attr]
+    name = "" if args else next(iter(kwargs))
+    value = args[0] if args else kwargs[name]
+    for stage in STAGES:
+        if stage in stack:
+            value = stack[stage](value)
+    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
+
+
+def unplug_input(layer: nn.Module, stage: str) -> None:
+    """Takes a transform of the input off."""
+    stack: Any = layer._modules.get(transforms_name(INPUT))
+    if stack is None or stage not in stack._modules:
+        return
+    del stack._modules[stage]
+    if stack._modules:
+        return
+    del layer._modules[transforms_name(INPUT)]
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _transform_input]:
+        del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    rest: tuple[str, ...] = type(layer).plugged_parameters  # type: ignore[attr-defined]
+    layer.__class__ = plugged_class(plain_class(layer), rest) if rest else plain_class(layer)
+
+
 def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
     """Takes a transform off without folding it: the Parameter keeps its latent value."""
     stack: Any = layer._modules.get(transforms_name(parameter))
@@ -184,7 +255,8 @@ def unplug(layer: nn.Module, stage: str, *, parameter: str = "weight") -> None:
 def _give_back_class(layer: nn.Module, parameter: str) -> None:
     rest = tuple(name for name in type(layer).plugged_parameters if name != parameter)  # type: ignore[attr-defined]
     plain = plain_class(layer)
-    layer.__class__ = plugged_class(plain, rest) if rest else plain
+    keep = rest or transforms_name(INPUT) in layer._modules
+    layer.__class__ = plugged_class(plain, rest) if keep else plain
     del layer._modules[transforms_name(parameter)]
 
 
@@ -200,6 +272,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Writes every transformed value into its Parameter and gives the layers their plain classes back.
 
     A transform that samples in training (a learned mask) is folded as it is in evaluation.
+    Transforms of inputs have no Parameter to go into: they are taken off.
 
     Args:
         model: A model with plugged layers.
@@ -225,4 +298,6 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for parameter in type(layer).plugged_parameters:
             for stage in STAGES:
                 unplug(layer, stage, parameter=parameter)
+        for stage in STAGES:
+            unplug_input(layer, stage)
     return model

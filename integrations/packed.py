@@ -1,0 +1,173 @@
+"""Quantised models as one safetensors file: packed codes and scales, everything else in its place, a strict loader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lossplug.errors import LossplugError, require
+from lightning_lossplug.export.dense import dense_state, write_safetensors
+from lightning_lossplug.quantization.base import Codes
+from lightning_lossplug.quantization.grid import Layout
+from lightning_lossplug.quantization.integer import IntegerLayer, integer_layer, quantizer_of, weight_codes
+from lightning_lossplug.quantization.packing import pack_codes, unpack_codes
+from lightning_lossplug.surgery.plug import fold, plugged_layers
+
+FORMAT = 1
+KEY = "lossplug_quantized"
+
+
+def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Writes a QAT model with its weights as packed codes.
+
+    A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has
+    one, ``p.zero_point``; the static step of a layer's input is ``p.input_scale``. Every other tensor of the folded
+    model keeps its key. Weights whose quantiser has no integer codes (floating formats, several bases) are written
+    folded.
+
+    Args:
+        model: A module with plugged layers; it stays as it is.
+        path: The file.
+
+    Returns:
+        ``bytes`` of the file's codes and scales, ``float_bytes`` of the same weights in float32, and ``layers``.
+
+    Raises:
+        LossplugError: Nothing to pack, scales that were never set or are not above 0, values that are not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    dense = 0
+    for name, layer in plugged_layers(model):
+        for parameter in type(layer).plugged_parameters:
+            weight = quantizer_of(layer, parameter)
+            if weight is None:
+                continue
+            weight.check_ready()
+            if not weight.has_codes:
+                continue
+            key = f"{name}.{parameter}"
+            coded = weight_codes(layer, weight, parameter)
+            low, high = int(coded.codes.min()), int(coded.codes.max())
+            # Grids without 0 have odd codes only, or even ones: half of the levels then take a bit less.
+            stride = 2 if high - low >= 2 and not bool(((coded.codes - low) % 2).any()) else 1
+            entry: dict[str, Any] = {
+                "shape": list(coded.codes.shape),
+                "low": low,
+                "high": high,
+                "stride": stride,
+                "group_size": weight.layout.group_size,
+                "per_channel": weight.layout.per_channel,
+                "axis": weight.layout.axis,
+            }
+            tensors[f"{key}.codes"] = pack_codes((coded.codes.cpu() - low) // stride, 0, (high - low) // stride)
+            tensors[f"{key}.scale"] = coded.scale.cpu().contiguous()
+            if coded.zero_point is not None:
+                tensors[f"{key}.zero_point"] = coded.zero_point.cpu().contiguous()
+            whole = integer_layer(layer, name, "reference") if parameter == "weight" else "no layer"
+            if isinstance(whole, IntegerLayer):
+                entry |= {"bounds": list(whole.bounds), "zero": whole.input_zero, "convolution": whole.convolution}
+                tensors[f"{key}.input_scale"] = whole.input_scale.cpu().clone()
+            layers[key] = entry
+            dense += 4 * coded.codes.numel()
+    if not layers:
+        raise LossplugError("the model has no weight with integer codes", where=str(path), remedy="Train it with QAT")
+    packed = sum(t.numel() * t.element_size() for t in tensors.values())
+    rest = {key: value for key, value in dense_state(fold(model)).items() if key not in layers}
+    header = {KEY: json.dumps({"format": FORMAT, "layers": layers})}
+    write_safetensors({**rest, **tensors}, Path(path), header)
+    return {"bytes": packed, "float_bytes": dense, "layers": layers}
+
+
+def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True) -> nn.Module:
+    """Loads a file of :func:`save_packed` into a plain module, strictly.
+
+    Args:
+        module: The module as its author wrote it; changed in place, and put in eval mode.
+        path: The file.
+        integers: Replace layers whose input is quantised too by int8 layers, which is the trained model. False loads
+            the quantised weights into the plain layers, with float inputs.
+
+    Returns:
+        The module.
+
+    Raises:
+        LossplugError: The file is missing, corrupt, or of another module.
+    """
+    tensors, layers = _read(Path(path))
+    state = module.state_dict()
+    dense = {key: value for key, value in tensors.items() if key in state}
+    used = set(dense)
+    whole: dict[str, IntegerLayer] = {}
+    for key, entry in layers.items():
+        if key not in state or list(state[key].shape) != entry["shape"]:
+            have = list(state[key].shape) if key in state else "no such weight"
+            raise LossplugError(
+                f"the file has a weight of shape {entry['shape']}, the module {have}",
+                where=f"{path}: {key}",
+                remedy="Build the module with the arguments of the run that wrote it",
+            )
+        codes = _codes(tensors, key, entry, path)
+        used |= {k for k in tensors if k.rpartition(".")[0] == key}
+        layout = Layout(entry["per_channel"], entry["group_size"], entry["axis"])
+        value = layout.arrange(codes.codes).float()
+        value = (value if codes.zero_point is None else value - codes.zero_point) * codes.scale
+        dense[key] = layout.restore(value, entry["shape"])
+        if integers and "bounds" in entry:
+            whole[key.rpartition(".")[0]] = _layer(module, key, entry, codes, tensors)
+    wrong = sorted({*state} - {*dense}) or sorted({*tensors} - used)
+    if wrong:
+        kind = "lacks" if wrong[0] in state else "holds besides"
+        raise LossplugError(f"the file {kind} {len(wrong)} tensors, the first is {wrong[0]}", where=str(path))
+    module.load_state_dict(dense, strict=True)
+    for name, layer in whole.items():
+        parent, _, child = name.rpartition(".")
+        bias = module.get_submodule(name).bias
+        layer.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
+        layer.use("auto")
+        setattr(module.get_submodule(parent), child, layer)
+    return module.eval()
+
+
+def _codes(tensors: dict[str, Tensor], key: str, entry: dict[str, Any], path: str | Path) -> Codes:
+    for part in ("codes", "scale"):
+        if f"{key}.{part}" not in tensors:
+            raise LossplugError(f"the file lacks {key}.{part}", where=str(path))
+    scale = tensors[f"{key}.scale"]
+    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise LossplugError("a scale is not a number above 0: the file is corrupt", where=f"{path}: {key}")
+    try:
+        low, high, stride = entry["low"], entry["high"], entry["stride"]
+        codes = unpack_codes(tensors[f"{key}.codes"], 0, (high - low) // stride, entry["shape"]) * stride + low
+    except LossplugError as error:
+        raise LossplugError(error.what, where=f"{path}: {key}", remedy=error.remedy) from None
+    return Codes(codes, scale, tensors.get(f"{key}.zero_point"))
+
+
+def _layer(
+    module: nn.Module, key: str, entry: dict[str, Any], codes: Codes, tensors: dict[str, Tensor]
+) -> IntegerLayer:
+    layer: Any = module.get_submodule(key.rpartition(".")[0])
+    bounds = (int(entry["bounds"][0]), int(entry["bounds"][1]))
+    scale = tensors[f"{key}.input_scale"]
+    return IntegerLayer(codes.codes, codes.scale, layer.bias, bounds, scale, entry["zero"], entry["convolution"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safetensors = require("safetensors", "lightning", "load_packed")
+    if not path.is_file():
+        raise LossplugError("there is no such file", where=str(path))
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+    except Exception as error:  # SafetensorError is no public class; a broken header raises several others
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise LossplugError(f"the file can't be read, it may be truncated ({reason})", where=str(path)) from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise LossplugError("the file holds no packed model of this version", where=str(path))
+    return tensors, header["layers"]

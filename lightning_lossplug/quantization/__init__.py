@@ -1,0 +1,120 @@
+"""Quantisers by name: ``create("lsq", bits=4)(weight)``; each is a public function of tensors too.
+
+Every quantiser is registered under the name on its method card with the card's parameter names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_lossplug.quantization.base import Codes, Quantizer, paused
+from lightning_lossplug.quantization.binary import (
+    TBT,
+    BinaryDM,
+    BiPer,
+    ReSTE,
+    binarydm,
+    biper,
+    reste,
+    reste_power,
+    tbt,
+)
+from lightning_lossplug.quantization.dorefa import DoReFa, dorefa, dorefa_activation
+from lightning_lossplug.quantization.ewgs import EWGS, ewgs
+from lightning_lossplug.quantization.formats import ELEMENTS, MX, NVFP4, FPQuant, fp_quant, mx, nvfp4, round_element
+from lightning_lossplug.quantization.gaqat import (
+    GradientAdaptiveSettings,
+    GradientAdaptiveTechnique,
+    GradientGate,
+    gradient_disorder,
+)
+from lightning_lossplug.quantization.grid import integer_range
+from lightning_lossplug.quantization.groups import scale_groups, split_groups
+from lightning_lossplug.quantization.integer import IntegerLayer, integer_layer, integer_model
+from lightning_lossplug.quantization.lsq import LSQ, lsq
+from lightning_lossplug.quantization.lsq_plus import LSQPlus, lsq_plus
+from lightning_lossplug.quantization.observers import (
+    FakeQuant,
+    affine_parameters,
+    fake_quant,
+    minmax_range,
+    mse_range,
+    percentile_range,
+)
+from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
+from lightning_lossplug.quantization.pact import PACT, pact
+from lightning_lossplug.quantization.paretoq import ParetoQ, paretoq
+from lightning_lossplug.quantization.self_compress import SelfCompress, self_compress
+from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
+from lightning_lossplug.quantization.transform import QuantTransform
+from lightning_lossplug.registry import registry
+
+__all__ = [
+    "ELEMENTS",
+    "EWGS",
+    "LSQ",
+    "MX",
+    "NVFP4",
+    "PACT",
+    "TBT",
+    "BiPer",
+    "BinaryDM",
+    "Codes",
+    "DoReFa",
+    "FPQuant",
+    "FakeQuant",
+    "GradientAdaptiveSettings",
+    "GradientAdaptiveTechnique",
+    "GradientGate",
+    "IntegerLayer",
+    "LSQPlus",
+    "ParetoQ",
+    "QATSettings",
+    "QATTechnique",
+    "QuantTransform",
+    "Quantizer",
+    "ReSTE",
+    "SelfCompress",
+    "affine_parameters",
+    "binarydm",
+    "biper",
+    "bits_for",
+    "create",
+    "dorefa",
+    "dorefa_activation",
+    "ewgs",
+    "fake_quant",
+    "fp_quant",
+    "gradient_disorder",
+    "integer_layer",
+    "integer_model",
+    "integer_range",
+    "lsq",
+    "lsq_plus",
+    "minmax_range",
+    "mse_range",
+    "mx",
+    "nvfp4",
+    "pack_codes",
+    "pact",
+    "paretoq",
+    "paused",
+    "percentile_range",
+    "reste",
+    "reste_power",
+    "round_element",
+    "scale_groups",
+    "self_compress",
+    "split_groups",
+    "tbt",
+    "unpack_codes",
+]
+
+
+def create(name: str, /, **parameters: Any) -> Quantizer:
+    """Builds a quantiser from its registry name and the parameters on its card.
+
+    Raises:
+        LossplugError: Unknown name or parameter (with a suggestion), or a value out of range.
+    """
+    return registry.create("quantizer", name, **parameters)

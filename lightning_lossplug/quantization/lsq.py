@@ -1,0 +1,188 @@
+"""Learned step size: the step is a parameter whose gradient sees the rounding residual."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.quantization.base import Quantizer
+from lightning_lossplug.quantization.grid import (
+    EPS,
+    GradScale,
+    Role,
+    check_bits,
+    check_choice,
+    grad_factor,
+    integer_range,
+    sum_like,
+)
+from lightning_lossplug.quantization.observers import mse_step, scale_of_range
+from lightning_lossplug.registry import register
+
+
+class StepFunction(torch.autograd.Function):
+    """``s * round(clip(x/s, Qn, Qp))`` with LSQ's two gradients.
+
+    PyTorch's ``_fake_quantize_learnable_per_tensor_affine`` is not used: it takes its clip mask after rounding, so the
+    gradients of elements up to half a step beyond the range are not LSQ's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, qn: float, qp: float, factor: float, floor: float = EPS) -> Tensor:
+        """Returns the value; steps below ``floor`` act as ``floor`` and keep their gradient."""
+        ctx.save_for_backward(x, s)
+        ctx.range = (qn, qp, factor, floor)
+        step = s.clamp_min(floor)
+        return (x / step).clamp_(qn, qp).round_().mul_(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of ``x`` and ``s``."""
+        x, s = ctx.saved_tensors
+        qn, qp, factor, floor = ctx.range
+        g = grads[0]
+        v = x / s.clamp_min(floor)
+        clipped = v.clamp(qn, qp)
+        inside = v == clipped
+        dx = g * inside
+        ds = None
+        if ctx.needs_input_grad[1]:
+            # inside: round(v) - v; outside the clipped value is Qn or Qp already
+            slope = clipped.round() - v.mul_(inside)
+            ds = sum_like(g * slope, s).mul_(factor)
+        return dx, ds, None, None, None, None
+
+
+def lsq(
+    x: Tensor,
+    s: Tensor,
+    bits: int = 4,
+    signed: bool = True,
+    narrow: bool = False,
+    grad_scale: GradScale = "numel",
+) -> Tensor:
+    r"""Learned step size quantisation :math:`\hat x = s\,\mathrm{round}(\mathrm{clip}(x/s, Q_n, Q_p))`.
+
+    Gradients for an upstream g: :math:`g\,1[Q_n \le x/s \le Q_p]` for x, and for s the sum of g times
+    ``round(v) - v`` inside, ``Qn`` below, ``Qp`` above, times :math:`1/\sqrt{N Q_p}`.
+
+    Args:
+        x: Any shape.
+        s: Steps > 0 that broadcast against ``x`` (smaller ones act as 1e-8).
+        bits: 1 (unsigned only) to 16.
+        signed: From :math:`-2^{b-1}`, else from 0.
+        narrow: Leave the most negative code out.
+        grad_scale: ``numel`` (N counts ``x``), ``paper`` (N counts one sample, the first axis being the batch) or
+            ``none`` (factor 1).
+
+    Raises:
+        LossplugError: A grid without a positive level.
+
+    Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153.
+    """
+    bits = check_bits("lsq", bits, 1, 16)
+    qn, qp = integer_range(bits, signed, narrow)
+    if qp == 0:
+        raise LossplugError(
+            "1 signed bit has no positive level", where="lsq", remedy="Use paretoq, whose 1 bit is elastic binarisation"
+        )
+    return StepFunction.apply(x, s, float(qn), float(qp), grad_factor(x, qp, grad_scale))
+
+
+@register(
+    "quantizer",
+    "lsq",
+    family="learned scale",
+    paper="Learned Step Size Quantization",
+    arxiv="1902.08153",
+    roles=("weight", "activation"),
+)
+class LSQ(Quantizer):
+    r"""Learned step size: :math:`\hat x = s\,\mathrm{round}(\mathrm{clip}(x/s, Q_n, Q_p))`; see :func:`lsq`.
+
+    Args:
+        bits: 2 to 8.
+        signed: None decides by the sign of the first data: activations that are never negative get the unsigned grid.
+        narrow: Leave the most negative code out.
+        grad_scale: Factor of the step's gradient; ``paper`` counts one sample of an activation, all of a weight.
+        init: ``lsq`` (:math:`2\,\mathrm{mean}|x|/\sqrt{Q_p}`), ``minmax`` or ``mse`` (least squared error on a grid).
+        scale_param: ``linear`` learns s, ``log`` learns log s, which can't cross 0.
+        per_channel: One step per index of ``axis``.
+        group_size: One step per this many consecutive entries of a channel.
+        axis: Axis of the channels.
+        role: ``weight`` or ``activation``.
+        init_batches: Training batches that set the step of an activation.
+
+    Raises:
+        LossplugError: Bits out of range, or an unknown choice.
+    """
+
+    name: ClassVar[str] = "lsq"
+    scales: ClassVar[dict[str, float]] = {"s": 1.0}
+
+    s: Tensor
+
+    def __init__(
+        self,
+        bits: int = 4,
+        signed: bool | None = None,
+        narrow: bool = False,
+        grad_scale: GradScale = "paper",
+        init: Literal["lsq", "minmax", "mse"] = "lsq",
+        scale_param: Literal["linear", "log"] = "linear",
+        per_channel: bool = False,
+        group_size: int | None = None,
+        axis: int = 0,
+        role: Role = "weight",
+        init_batches: int = 1,
+    ) -> None:
+        super().__init__(per_channel, group_size, axis, role, init_batches)
+        low = "For 1 and 1.58 bits use the quantiser paretoq"
+        self.bits = check_bits(self.name, bits, 2, 8, low if isinstance(bits, (int, float)) and bits < 2 else None)
+        check_choice(self.name, "grad_scale", grad_scale, ("paper", "numel", "none"))
+        check_choice(self.name, "init", init, ("lsq", "minmax", "mse"))
+        check_choice(self.name, "scale_param", scale_param, ("linear", "log"))
+        self.signed, self.narrow, self.init, self.scale_param = signed, narrow, init, scale_param
+        self.grad_scale = "numel" if grad_scale == "paper" and role == "weight" else grad_scale
+        self.positive = ("s",) if scale_param == "linear" else ()
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """``(Qn, Qp)``; unsigned when asked for, or when activations have never been negative."""
+        signed = self.signed if self.signed is not None else self.role == "weight" or self.mode[1]
+        return integer_range(self.bits, signed, self.narrow)
+
+    def step(self) -> Tensor:
+        """Returns the step itself."""
+        return self.s.exp() if self.scale_param == "log" else self.s
+
+    def set_scales(self, x: Tensor) -> None:
+        """Sets the step by ``init``; an all-zero channel gets the mean of the others, an all-zero tensor 1."""
+        qn, qp = self.bounds
+        dims = self.layout.dims(x.ndim)
+        if self.init == "lsq":
+            step = 2 * x.abs().mean(dims, keepdim=True) / math.sqrt(qp)
+        elif self.init == "minmax":
+            step = scale_of_range(x, dims, qn, qp)
+        else:
+            step = mse_step(x, dims, qn, qp)
+        step = step.reshape(self.s.shape)
+        live = step > EPS
+        spare = step[live].mean() if bool(live.any()) else step.new_ones(())
+        step = torch.where(live, step, spare)
+        self.s.data.copy_(step.log() if self.scale_param == "log" else step)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """See :func:`lsq`."""
+        qn, qp = self.bounds
+        return StepFunction.apply(x, self.step(), float(qn), float(qp), grad_factor(x, qp, self.grad_scale))
+
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The step; the code of 0 is 0."""
+        return self.step().detach().clamp_min(EPS), None

@@ -1,0 +1,193 @@
+"""Packed codes and integer models: exact round trips, equality with the fake-quantised model, corrupt files."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qat_cases import Convolutions, Plain, data, make_trainer
+from torch import nn
+
+from lightning_lossplug import LossplugError
+from lightning_lossplug.callbacks import QAT, NMSparsity
+from lightning_lossplug.integrations.packed import load_packed, save_packed
+from lightning_lossplug.quantization import (
+    IntegerLayer,
+    QuantTransform,
+    bits_for,
+    create,
+    integer_model,
+    pack_codes,
+    unpack_codes,
+)
+from lightning_lossplug.surgery import INPUT, fold, plug, plug_input, plugged_layers, transform_of
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(low=st.integers(-128, 0), span=st.integers(1, 255), n=st.integers(0, 70), seed=st.integers(0, 9))
+def test_pack_and_unpack(low, span, n, seed):
+    high = low + span
+    codes = torch.randint(low, high + 1, (n,), generator=torch.Generator().manual_seed(seed))
+    packed = pack_codes(codes, low, high)
+    assert torch.equal(unpack_codes(packed, low, high, (n,)), codes.to(torch.int32))
+    assert packed.numel() <= n * bits_for(low, high) / 8 + 1
+
+
+def test_packing_refuses_what_is_corrupt():
+    assert bits_for(-1, 1) == 1.6
+    with pytest.raises(LossplugError, match="codes reach from 0 to 9, allowed is 0 to 7"):
+        pack_codes(torch.tensor([0, 9]), 0, 7)
+    with pytest.raises(LossplugError, match=r"3 bytes of torch\.uint8 for 4 codes, 2"):
+        unpack_codes(torch.zeros(3, dtype=torch.uint8), 0, 15, (4,))
+    for high in (2, 4):
+        with pytest.raises(LossplugError, match="file is corrupt"):
+            unpack_codes(torch.full((1,), 255, dtype=torch.uint8), 0, high, (2,))
+    with pytest.raises(LossplugError, match="more than 8 bits"):
+        pack_codes(torch.zeros(2), -200, 200)
+
+
+def trained(module, *callbacks):
+    make_trainer(max_epochs=1, callbacks=list(callbacks)).fit(module, data())
+    return module.eval()
+
+
+def assert_close(a, b):
+    assert (a - b).abs().max() <= 1e-5 * (b.max() - b.min())
+
+
+MODELS = {
+    "w8a8": (Convolutions, [QAT(8, 8)]),
+    "w4a4": (Plain, [QAT(4, 4)]),
+    "w2a8": (Plain, [QAT(2, 8)]),
+    "w1.58a8_per_tensor": (Convolutions, [QAT(1.58, 8, granularity="tensor")]),
+    "observer": (Plain, [QAT(8, 8, weight="fake_quant", weight_options={"symmetric": True}, activation="fake_quant")]),
+    "offset": (Convolutions, [QAT(4, 8, activation="lsq_plus")]),
+    "pact": (Plain, [QAT(4, 4, activation="pact", activation_options={"alpha_init": None})]),
+    "sparse": (Plain, [QAT(8, 8), NMSparsity(2, 4)]),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_integer_model_is_the_trained_model(name, backend):
+    cls, callbacks = MODELS[name]
+    module = trained(cls(), *copy.deepcopy(callbacks))
+    x = next(iter(data()))[0]
+    with torch.no_grad():
+        want = module.net(x)
+        made, left = integer_model(module, backend=backend)
+        assert not left
+        assert not list(plugged_layers(made))
+        assert_close(made.net(x), want)
+        for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made.net))):
+            assert torch.equal(getattr(twin, "net", twin)(x), made.net(x))
+    layers = [m for m in made.modules() if isinstance(m, IntegerLayer)]
+    assert len(layers) == 3
+    assert all(m.codes.dtype == torch.int8 for m in layers)
+    assert torch.equal(module.net(x), want)  # the live model is as it was
+
+
+def test_convolutions_with_stride_groups_and_dilation():
+    for layer in (
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8),
+        nn.Conv1d(8, 4, 3, padding=1, bias=False),
+    ):
+        x = torch.randn(3, 8, *[9] * (layer.weight.ndim - 2))
+        plug(layer, QuantTransform(create("lsq", bits=4, per_channel=True)))
+        plug_input(layer, QuantTransform(create("lsq", bits=8, role="activation")))
+        layer(x)
+        net = nn.Sequential(layer).eval()
+        made, _ = integer_model(net)
+        with torch.no_grad():
+            assert_close(made(x), net(x))
+
+
+def test_layers_without_an_integer_form_stay_fake_quantised():
+    module = trained(Plain(), QAT(include={"net.0": "w4a8", "net.3": "w4"}))
+    made, left = integer_model(module)
+    assert left == {"net.3": "its weight or input is not quantised"}
+    x = next(iter(data()))[0]
+    assert_close(made.net(x).detach(), module.net(x).detach())
+    with pytest.raises(LossplugError, match=r"net\.0: no layer can be put in integers: binarydm has no integer codes"):
+        integer_model(trained(Plain(), QAT(2, 8, weight="binarydm", first_last_bits=None)))
+    with pytest.raises(LossplugError, match="it has no quantised layer"):
+        integer_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("bits_w", "bits"),
+    [(8, 8), (4, 4), (3, 3), (2, 2), (1, 1), (1.58, 1.6)],
+)
+def test_packed_files_hold_the_trained_model(bits_w, bits, tmp_path):
+    module = trained(Plain(), QAT(bits_w, 8, first_last_bits=None, granularity="tensor"))
+    report = save_packed(module, tmp_path / "a.safetensors")
+    weights = 16 * 32 + 32 * 32
+    codes = report["bytes"] - 2 * 4 * 2  # two weights, a scale and an input scale each
+    assert weights * bits / 16 < codes <= weights * bits / 8 + 2  # fewer where the largest codes are unused
+    x = next(iter(data()))[0]
+    loaded = load_packed(Plain(), tmp_path / "a.safetensors")
+    assert isinstance(loaded.net[0], IntegerLayer)
+    assert_close(loaded.net(x).detach(), module.net(x).detach())
+    plain = load_packed(Plain(), tmp_path / "a.safetensors", integers=False)
+    for key, value in fold(module).state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[key], value)
+
+
+def test_packed_groups_batch_norm_and_weights_alone(tmp_path):
+    module = trained(Convolutions(), QAT(4, None, granularity="group", group_size=1, first_last_bits=None))
+    save_packed(module, tmp_path / "a.safetensors")
+    loaded = load_packed(Convolutions(), tmp_path / "a.safetensors")
+    x = next(iter(data()))[0]
+    torch.testing.assert_close(loaded.net(x), module.net(x))
+
+
+def test_corrupt_files_are_refused_in_one_line(tmp_path):
+    module, path = trained(Plain(), QAT(4, 4)), tmp_path / "a.safetensors"
+    save_packed(module, path)
+    whole = path.read_bytes()
+
+    def refused(message, target=None):
+        with pytest.raises(LossplugError, match=message) as caught:
+            load_packed(target or Plain(), path)
+        assert "\n" not in str(caught.value)
+
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("may be truncated")
+    path.write_bytes(b"junk")
+    refused("may be truncated")
+    path.write_bytes(whole)
+    refused("no such weight", nn.Linear(2, 2))
+    wide = Plain()
+    wide.net[3] = nn.Linear(32, 64)
+    refused(r"net\.3\.weight: the file has a weight of shape \[32, 32\], the module \[64, 32\]", wide)
+    more = Plain()
+    more.extra = nn.Linear(2, 2)
+    refused("lacks 2 tensors, the first is extra.bias", more)
+    path.unlink()
+    refused("no such file")
+    from safetensors.torch import load_file, save_file
+
+    save_file({"a": torch.zeros(1)}, path)
+    refused("no packed model")
+    save_packed(module, path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors["net.0.weight.scale"][0] = -1
+    save_file(tensors, path, header)
+    refused("a scale is not a number above 0")
+    transform_of(module.net[0], "quantization", INPUT).quantizer.s.data.fill_(0)
+    with pytest.raises(LossplugError, match="1 of 1 values of s are zero, negative"):
+        save_packed(module, path)
+    with pytest.raises(LossplugError, match="no weight with integer codes"):
+        save_packed(Plain(), path)

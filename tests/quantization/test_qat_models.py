@@ -1,0 +1,81 @@
+"""Quantised models of timm and transformers: trained through the Trainer, folded, loaded by their own libraries."""
+
+import lightning.pytorch as pl
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from qat_cases import make_trainer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from lightning_lossplug.callbacks import QAT
+from lightning_lossplug.quantization import integer_model
+from lightning_lossplug.surgery import plugged_layers, transform_of
+
+LLAMA = LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    tie_word_embeddings=True,
+)
+GPT2 = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+
+
+class Wrapped(pl.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        if batch.dtype == torch.long:
+            return self.model(input_ids=batch, labels=batch).loss
+        return F.cross_entropy(self.model(batch), torch.arange(len(batch)) % 10)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def train(model, batch, **options):
+    torch.manual_seed(0)
+    module = Wrapped(model)
+    make_trainer(max_steps=3, max_epochs=-1, callbacks=[QAT(**options)]).fit(
+        module, DataLoader([batch] * 3, batch_size=None)
+    )
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "shape"),
+    [(LLAMA, "model.layers.0.mlp.up_proj", (32, 1)), (GPT2, "transformer.h.0.mlp.c_fc", (1, 64))],
+)
+def test_transformers_loads_the_folded_weights(config, layer, shape, tmp_path):
+    module = train(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), bits_w=4, bits_a=8)
+    plugged = module.model.get_submodule(layer)
+    assert transform_of(plugged, "quantization").quantizer.s.shape == shape  # one step per output
+    weight = plugged.weight.detach()
+    assert all(row.unique().numel() <= 16 for row in (weight if shape[1] == 1 else weight.T))
+    names = {name for name, _ in plugged_layers(module.model)}
+    assert not any("lm_head" in name or "embed" in name for name in names)  # tied: left as they are
+    callback = QAT(bits_w=4, bits_a=8)
+    callback.technique.fold(module).model.save_pretrained(tmp_path / "folded")
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(plain.get_submodule(layer).weight, weight)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
+def test_timm_models_train_and_become_integers(name):
+    options = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=10, **options)
+    batch = torch.randn(4, 3, 32, 32)
+    module = train(model, batch, bits_w=8, bits_a=8)
+    made, left = integer_model(module)
+    assert not left
+    with torch.no_grad():
+        want, got = module.model(batch), made.model(batch)
+    assert (want - got).abs().max() <= 1e-2 * (want.max() - want.min())
