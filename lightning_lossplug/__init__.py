@@ -13,7 +13,18 @@ from lightning_lossplug.registry import registry
 __version__ = "0.1.0"
 __all__ = ["LossplugError", "__version__", "registry"]
 
-_ROOMS = {"callbacks", "export", "integrations", "losses", "metrics", "schedules", "sparsity", "surgery", "technique"}
+_ROOMS = {
+    "callbacks",
+    "distillation",
+    "export",
+    "integrations",
+    "losses",
+    "metrics",
+    "schedules",
+    "sparsity",
+    "surgery",
+    "technique",
+}
 
 
 def __getattr__(name: str) -> ModuleType:

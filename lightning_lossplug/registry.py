@@ -31,6 +31,7 @@ ENTRY_POINT_GROUP = "lightning_lossplug"
 BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
+    "lightning_lossplug.distillation",
     "lightning_lossplug.sparsity",
     "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
@@ -54,7 +55,7 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``schedule``, ``callback``, ``model``, ``data``,
-            ``metric`` or ``exporter``.
+            ``metric``, ``teacher`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.
