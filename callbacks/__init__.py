@@ -13,16 +13,21 @@ from lightning_lossplug.registry import register_path
 
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
+    from lightning_lossplug.callbacks.distillation import Distillation, SelfDistillation
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
 __all__ = [
     "SAM",
+    "Distillation",
     "ExactResume",
     "NMSparsity",
+    "OnlineDistillation",
+    "SelfDistillation",
     "SwapLoss",
     "TechniqueCallback",
     "dense_state_dict",
@@ -33,8 +38,11 @@ __all__ = [
 
 _HOME = {
     "SAM": "sam",
+    "Distillation": "distillation",
     "ExactResume": "exact_resume",
     "NMSparsity": "nm_sparsity",
+    "OnlineDistillation": "online_distillation",
+    "SelfDistillation": "distillation",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
@@ -48,6 +56,9 @@ for _name, _family in {
     "NMSparsity": "sparsity",
     "SwapLoss": "loss",
     "SAM": "robustness",
+    "OnlineDistillation": "distillation",
+    "Distillation": "distillation",
+    "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 

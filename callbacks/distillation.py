@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_lossplug.callbacks.distillation_base import (
     DistillationCallback,

@@ -57,12 +57,11 @@ def checkpoint_teacher(name: str, model: str | None = None, network: str | None 
     Raises:
         LossplugError: No such file, a class that can't be told, weights that don't fit.
     """
-    from lightning_lossplug.callbacks import load_dense, read_checkpoint
+    from lightning_lossplug.callbacks import load_plugged, read_checkpoint
     from lightning_lossplug.integrations.network import find_network, rebuild_module
 
     checkpoint = read_checkpoint(name)
-    module = rebuild_module(checkpoint, name, model)
-    load_dense(module, name)
+    module = load_plugged(rebuild_module(checkpoint, name, model), name)  # a sparse teacher keeps its masks
     return find_network(module, network).module
 
 
@@ -80,13 +79,13 @@ def artifact_teacher(name: str, **options: Any) -> nn.Module:
     manifest = folder / "lossplug.json"
     if not manifest.is_file():
         raise LossplugError("holds no lossplug.json", where=str(folder), remedy="Name a folder of 'lossplug export'")
-    loader = str(json.loads(manifest.read_text(encoding="utf-8")).get("load", ""))
-    if "timm.create_model" in loader:
+    found = json.loads(manifest.read_text(encoding="utf-8"))
+    if found["library"] == "timm":
         return timm_teacher(f"local-dir:{folder}", True, **options)
-    if "from_pretrained" in loader:
+    if found["library"] == "transformers":
         transformers = require("transformers", "transformers", f"the teacher artifact:{name}")
-        cls = getattr(transformers, loader.split("transformers.")[1].split(".")[0])
-        return cls.from_pretrained(folder, dtype=torch.float32, **options)
+        cls = getattr(transformers, found["class"].rpartition(".")[2])
+        return cls.from_pretrained(folder, **{"dtype": torch.float32, **options})
     raise LossplugError(
         "is a bare state of a torch module",
         where=str(folder),

@@ -12,7 +12,7 @@ from lightning_lossplug.recipes import config_names, config_path, config_title
 from lightning_lossplug.registry import Entry, registry
 
 CONFIG = "config"
-ORDER = ("loss", "recipe", "mask", "schedule", "callback", "model", "data", "metric", "exporter", CONFIG)
+ORDER = ("loss", "recipe", "mask", "schedule", "callback", "model", "data", "teacher", "metric", "exporter", CONFIG)
 
 
 def entries() -> list[Entry]:

@@ -58,7 +58,8 @@ class AuxiliaryOptimizer:
     Args:
         parameters: What to train.
         main: The student's optimizer.
-        factory: Makes the optimizer; None: one like ``main``, whose learning rate follows that of ``main``'s first group.
+        factory: Makes the optimizer; None: one like ``main``, its learning rate following that of ``main``'s
+            first group.
         lr_scale: Factor of that learning rate.
         scheduler: Makes a schedule of the optimizer, stepped after each of its steps; the learning rate then follows
             it and not ``main``.

@@ -1,4 +1,4 @@
-"""Metrics of sparse weights, for torchmetrics; the classes are imported when they are first used."""
+"""Metrics of sparse weights and of teachers, for torchmetrics; the classes are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from lightning_lossplug.errors import require
 from lightning_lossplug.metrics.counts import compliant_groups, stored_bytes, zeros
 from lightning_lossplug.registry import register_path
 
-__all__ = ["NMCompliance", "Sparsity", "compliant_groups", "stored_bytes", "zeros"]
+__all__ = ["NMCompliance", "Sparsity", "TeacherAgreement", "compliant_groups", "stored_bytes", "zeros"]
 
-_CLASSES = ("NMCompliance", "Sparsity")
+# class: module, family
+_CLASSES = {
+    "NMCompliance": ("sparsity", "sparsity"),
+    "Sparsity": ("sparsity", "sparsity"),
+    "TeacherAgreement": ("agreement", "distillation"),
+}
 
-for _name in _CLASSES:
-    register_path("metric", _name, f"{__name__}.{_name}", family="sparsity")
+for _name, (_, _family) in _CLASSES.items():
+    register_path("metric", _name, f"{__name__}.{_name}", family=_family)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require("torchmetrics", "lightning", name)
-    return getattr(importlib.import_module(f"{__name__}.sparsity"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_CLASSES[name][0]}"), name)
