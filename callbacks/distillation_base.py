@@ -239,7 +239,7 @@ class DistillationCallback(Callback):
             if output is None:
                 return None
             if self.temperature is not None:
-                self.loss_module.temperature = self.value(self.temperature, trainer)
+                self.loss_module.temperature = self.value(self.temperature, trainer)  # type: ignore[assignment]
             assert self._student_tap is not None
             loss = output["loss"] if isinstance(output, dict) else output
             total = self.term(trainer, pl_module, self._student_tap.last(), batch)

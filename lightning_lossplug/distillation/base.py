@@ -226,7 +226,7 @@ class LogitLoss(DistillationLoss, ABC):
                 ignore_index=self.ignore_index,
                 needs_target=self.needs_target,
             )
-            rows = self.rows(*batch.logits, batch.target)
+            rows = self.rows(batch.logits[0], batch.logits[1], batch.target)
             return reduce_rows(self.where, rows, batch, how, sample_weight, denominator)
 
 
@@ -275,7 +275,7 @@ class BatchLogitLoss(LogitLoss):
             )
             if batch.logits[0].shape[0] == 0:
                 return student.sum() * 0
-            return self.batch(*batch.logits, batch.target)
+            return self.batch(batch.logits[0], batch.logits[1], batch.target)
 
 
 class FeatureLoss(DistillationLoss, ABC):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_lossplug.distillation.base import DistillationLoss, LogitLoss
+from lightning_lossplug.distillation.base import BatchLogitLoss, LogitLoss
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.checks import check_number, upcast
+from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.registry import register, registry
 
 
-def standardise(z: Tensor, eps: float = 1e-7, dim: int = -1) -> Tensor:
-    r"""Returns :math:`(z - \bar z)/(\epsilon + \mathrm{std}(z))` along ``dim``, the deviation with C - 1."""
-    return (z - z.mean(dim=dim, keepdim=True)) / (eps + z.std(dim=dim, keepdim=True))
+def standardise(z: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""Returns :math:`(z - \bar z)/(\epsilon + \mathrm{std}(z))` of each row, the deviation with C - 1."""
+    return (z - z.mean(dim=-1, keepdim=True)) / (eps + z.std(dim=-1, keepdim=True))
 
 
 @register(
@@ -27,7 +26,7 @@ def standardise(z: Tensor, eps: float = 1e-7, dim: int = -1) -> Tensor:
     aliases=("logit_standardisation",),
     signature="logits_teacher",
 )
-class LogitStd(DistillationLoss):
+class LogitStd(LogitLoss):
     r"""Logit standardisation: the logits of both sides become :math:`(z - \bar z)/(\epsilon + \mathrm{std}(z))` first.
 
     Then the host loss with its temperature and :math:`T^2`. The student may keep its own mean and scale of logits.
@@ -48,10 +47,12 @@ class LogitStd(DistillationLoss):
         parameters: dict[str, Any] | None = None,
         eps: float = 1e-7,
     ) -> None:
-        super().__init__()
         host = registry.create("loss", loss, **{"temperature": temperature, **(parameters or {})})
-        if not isinstance(host, LogitLoss):
-            raise LossplugError(f"{loss!r} is not a loss of logits and a teacher", where="logit_std")
+        if not isinstance(host, LogitLoss) or isinstance(host, BatchLogitLoss):
+            raise LossplugError(
+                f"{loss!r} has no value per row of logits", where="logit_std", remedy="Use kd, dkd or another one"
+            )
+        super().__init__(host.reduction, host.ignore_index)
         self.host = host
         self.eps = check_number("logit_std", "eps", eps, least=0)
         self.needs_target = host.needs_target  # type: ignore[misc]
@@ -63,23 +64,8 @@ class LogitStd(DistillationLoss):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        self.host.temperature = value
+        self.host.temperature = value  # type: ignore[assignment]
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        target: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        sample_weight: Tensor | None = None,
-        denominator: Tensor | float | None = None,
-        reduction: str | None = None,
-    ) -> Tensor:
-        """Computes the host's loss of standardised logits; the arguments are the host's."""
-        dim = 1 if (reduction or self.host.reduction) == "pixelmean" else -1
-        with torch.autocast(student.device.type, enabled=False):
-            z_s, z_t = (standardise(upcast(z), self.eps, dim) for z in (student, teacher.detach()))
-        return self.host(
-            z_s, z_t, target, mask=mask, sample_weight=sample_weight, denominator=denominator, reduction=reduction
-        )
+    def rows(self, z_s: Tensor, z_t: Tensor, y: Tensor | None) -> Tensor:
+        """The host's rows of standardised logits."""
+        return self.host.rows(standardise(z_s, self.eps), standardise(z_t, self.eps), y)

@@ -93,8 +93,8 @@ def average_into(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """Moves the teacher's parameters: ``decay`` of themselves, the rest of the student's; buffers are copied."""
     for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         mine.lerp_(theirs.to(mine), 1 - decay)
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)
+    for buffer, live in zip(teacher.buffers(), student.buffers(), strict=True):
+        buffer.copy_(live)
     share(teacher.buffers())
 
 

@@ -32,7 +32,7 @@ def like(main: Optimizer, parameters: Iterable[nn.Parameter], lr_scale: float) -
     options = {k: v for k, v in main.defaults.items() if k in known}
     if "lr" in main.param_groups[0]:
         options["lr"] = main.param_groups[0]["lr"] * lr_scale
-    decays = {}
+    decays: dict[bool, float] = {}
     for group in main.param_groups:
         for p in group["params"]:
             decays.setdefault(p.ndim >= 2, group.get("weight_decay", 0.0))

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lossplug.distillation import LogitLoss, OnlineLoss, create, names
 from lightning_lossplug.distillation import divergences as div
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses import fused_linear_divergence
+from lightning_lossplug.losses.fused import fused_linear_divergence
 from lightning_lossplug.registry import registry
 
 N, C = 6, 5
@@ -77,9 +77,9 @@ def test_equal_logits_give_zero_with_zero_gradient(name, parameters):
     if (name, parameters.get("gamma", 1.0)) in (("ttm", 1.0), ("wttm", 1.0)) and not parameters:
         assert found > 0  # the teacher is softened and the student isn't
         return
-    assert abs(found.item()) < 1e-6 if name in ("dist", "uld") else abs(found.item()) < 1e-12
+    assert abs(found.item()) < (1e-5 if name == "dist" else 1e-12)  # dist: its eps
     (grad,) = torch.autograd.grad(found, z_s)
-    assert grad.abs().max() < (1e-6 if name == "dist" else 1e-12) or name in ("uld", "tvd")
+    assert grad.abs().max() < (1e-5 if name == "dist" else 1e-12) or name in ("uld", "tvd")
 
 
 @EACH
@@ -94,7 +94,8 @@ def test_invariances_and_finite_differences(name, parameters):
     torch.testing.assert_close(permuted, base)
     if (name, parameters.get("divergence")) not in NOT_SHIFT_INVARIANT:
         torch.testing.assert_close(value(name, loss, z_s + torch.arange(N)[:, None], z_t - 3.0, y), base)
-    assert torch.autograd.gradcheck(lambda z: value(name, loss, z, z_t, y), (z_s,))
+    if name != "akl":  # its weights are functions of the logits without a gradient
+        assert torch.autograd.gradcheck(lambda z: value(name, loss, z, z_t, y), (z_s,))
 
 
 @EACH
@@ -325,7 +326,9 @@ def test_bad_temperatures_are_one_line(name, t):
         (lambda z, t, y: create("kdd"), "Did you mean 'kd'"),
         (lambda z, t, y: create("focal"), "no distillation loss"),
         (lambda z, t, y: create("kd", temprature=1.0), "Did you mean 'temperature'"),
-        (lambda z, t, y: create("logit_std", loss="at"), "no parameter|not a loss of logits"),
+        (lambda z, t, y: create("logit_std", loss="at"), "no parameter"),
+        (lambda z, t, y: create("logit_std", loss="mlkd"), "no parameter"),
+        (lambda z, t, y: create("logit_std", loss="bdkd"), "no value per row"),
         (lambda z, t, y: create("uld")(z, t), "expected"),
     ],
 )
