@@ -13,11 +13,12 @@ from lightning_lossplug.registry import register_path
 
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
-    from lightning_lossplug.callbacks.distillation import Distillation, SelfDistillation
+    from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
     from lightning_lossplug.callbacks.sam import SAM
+    from lightning_lossplug.callbacks.self_distillation import SelfDistillation
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
@@ -42,7 +43,7 @@ _HOME = {
     "ExactResume": "exact_resume",
     "NMSparsity": "nm_sparsity",
     "OnlineDistillation": "online_distillation",
-    "SelfDistillation": "distillation",
+    "SelfDistillation": "self_distillation",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",

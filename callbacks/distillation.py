@@ -1,4 +1,4 @@
-"""Teachers that are frozen, and teachers that are the student's own average."""
+"""Teachers that are frozen."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_lossplug.callbacks.distillation_base import (
 )
 from lightning_lossplug.distillation import DHKD, DistillationLoss, FeatureLoss, OnlineLoss, create
 from lightning_lossplug.distillation.dhkd import auxiliary_head
-from lightning_lossplug.distillation.networks import average_into, fingerprint, freeze, plain_copy, to_eval
-from lightning_lossplug.distillation.signals import check_teacher_logits, logits_of
+from lightning_lossplug.distillation.large_vocabulary import OutputHead, fused_loss, fused_options, output_head
+from lightning_lossplug.distillation.networks import fingerprint, freeze, to_eval
+from lightning_lossplug.distillation.signals import align, check_teacher_logits, logits_of, targets_of
 from lightning_lossplug.distillation.taps import INPUT, Call, Tap, all_armed
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.registry import registry
 
 
@@ -52,6 +52,9 @@ class Distillation(DistillationCallback):
         output: Where the logits are in what the networks return: key, position or function; None finds them.
         targets: Key or position of the targets in the batch, or a function of it; None finds them.
         shift: Whether position t stands for token t + 1; None: for causal language models.
+        fused: For two Hugging Face language models of one vocabulary: compute ``kd``, ``gkd`` or ``minillm`` from the
+            hidden states in chunks; the teacher's logits are never formed. With ``SwapLoss(..., fused=True)`` beside
+            it the student's aren't either.
         lr_scale: Learning rate of what the losses train, over the module's.
 
     Raises:
@@ -78,6 +81,7 @@ class Distillation(DistillationCallback):
         output: Pick = None,
         targets: Pick = None,
         shift: bool | None = None,
+        fused: bool = False,
         lr_scale: float = 1.0,
     ) -> None:
         super().__init__(
@@ -102,14 +106,20 @@ class Distillation(DistillationCallback):
             raise LossplugError("feature_loss and layers go together", where=self.where)
         if self.temperature is not None and not hasattr(self.loss, "temperature"):
             raise LossplugError(f"{loss!r} has no temperature", where=self.where)
+        self.fused = fused
+        if fused:
+            fused_options(self.loss)
         self.any_vocabulary = bool(self.loss is not None and _facts(self.loss).get("any_vocabulary"))
         self.teacher: nn.Module | None = self._make_teacher(teacher, teacher_kwargs)
         self.trained = nn.ModuleDict()
         self._student_features: list[Tap] = []
         self._teacher_features: list[Tap] = []
         self._head_tap: Tap | None = None
+        self._heads: tuple[OutputHead, OutputHead] | None = None
         self._had_grad: list[nn.Parameter] = []
         self._fingerprint: str | None = None
+        self._trainer: Trainer | None = None
+        self._device = torch.device("cpu")
         self._first = True
 
     def _make_teacher(self, teacher: Any, options: dict[str, Any] | None) -> nn.Module | None:
@@ -135,6 +145,18 @@ class Distillation(DistillationCallback):
         if isinstance(self.loss, DHKD):
             self._head_tap = Tap(root, INPUT + classifier_path(root, self.where), self.where)
             found.append(self._head_tap)
+        if self.fused:
+            ours, theirs = output_head(root), output_head(self.teacher)  # type: ignore[arg-type]
+            if ours.layer.out_features != theirs.layer.out_features:
+                raise LossplugError(
+                    f"the student ({type(ours.model).__name__}) has vocab_size {ours.layer.out_features}, the teacher "
+                    f"({type(theirs.model).__name__}) {theirs.layer.out_features}",
+                    where=self.where,
+                    remedy="Both need the same vocabulary (the length of a tokenizer is another number)",
+                )
+            self._heads = ours, theirs
+            self._head_tap = Tap(root, INPUT + ours.path, self.where)
+            found.append(self._head_tap)
         return found
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,6 +164,7 @@ class Distillation(DistillationCallback):
         assert self.teacher is not None
         super().on_fit_start(trainer, pl_module)
         self._had_grad = freeze(self.teacher)
+        self._trainer, self._device = trainer, pl_module.device
         self._check_fingerprint()
         taps = [Tap(self.teacher, path, self.where, with_grad_only=False) for path in self.layers.values()]
         self._teacher_features = taps
@@ -169,8 +192,11 @@ class Distillation(DistillationCallback):
         if self.teacher.training:
             to_eval(self.teacher)
         # Not inference_mode: its tensors can't be saved for the backward pass of the loss.
+        network: Any = self.teacher
+        if self._heads is not None:
+            network = self._heads[1].model.base_model  # up to the hidden states, without the logits
         with torch.no_grad(), all_armed(self._teacher_features):
-            return self.teacher(*args, **kwargs)
+            return network(*args, **kwargs)
 
     def term(self, trainer: Trainer, pl_module: LightningModule, call: Call, batch: Any) -> Tensor:
         """The weighted losses of logits and features."""
@@ -178,12 +204,8 @@ class Distillation(DistillationCallback):
         parts: list[Tensor] = []
         self.logs = {}
         if self.loss is not None:
-            name = f"the teacher {type(self.teacher).__name__}"
-            z_t = logits_of(answer, self.output, name)
-            if self._first or pl_module.device.type == "cpu":
-                check_teacher_logits(z_t, name, frozen=self._first and self._must_be_trained)
             weight = self.value(self.weight, trainer)
-            value = self._logit_loss(call, z_t, batch, trainer)
+            value = self._fused_loss(call, answer, batch) if self.fused else self._logit_loss(call, answer, batch)
             parts.append(weight * value)
             self.logs |= {"kd": value.detach(), "weight": torch.tensor(weight)}
         if self.feature_loss is not None:
@@ -191,7 +213,7 @@ class Distillation(DistillationCallback):
             theirs = [_tensor(tap) for tap in self._teacher_features]
             for tap in self._teacher_features:
                 tap.forget()
-            self._build("features", lambda: self._build_features(ours, theirs), trainer, pl_module)
+            self._build("features", lambda: self._build_features(ours, theirs))
             weight = self.value(self.feature_weight, trainer)
             value = self.feature_loss(ours, theirs)
             parts.append(weight * value)
@@ -201,8 +223,25 @@ class Distillation(DistillationCallback):
 
     _must_be_trained = True  # a frozen teacher that says the same of every sample was not loaded
 
-    def _logit_loss(self, call: Call, z_t: Tensor, batch: Any, trainer: Trainer) -> Tensor:
+    def _fused_loss(self, call: Call, answer: Any, batch: Any) -> Tensor:
         assert self.loss is not None
+        assert self._heads is not None
+        assert self._head_tap is not None
+        hidden, target = _tensor(self._head_tap), targets_of(batch, call.kwargs, self.targets)
+        attention = call.kwargs.get("attention_mask")
+        found = align(hidden, [answer.last_hidden_state], target, attention, self._shifts, True)
+        mask = found.mask
+        if found.target is not None and found.target.shape == found.student.shape[:-1]:
+            valid = found.target != -100
+            mask = valid if mask is None else mask & valid
+        return fused_loss(self.loss, found.student, found.teachers[0], *self._heads, mask)
+
+    def _logit_loss(self, call: Call, answer: Any, batch: Any) -> Tensor:
+        assert self.loss is not None
+        name = f"the teacher {type(self.teacher).__name__}"
+        z_t = logits_of(answer, self.output, name)
+        if self._first or z_t.device.type == "cpu":
+            check_teacher_logits(z_t, name, frozen=self._first and self._must_be_trained)
         classes_last = getattr(self.loss, "reduction", "") != "pixelmean"
         found = self.signals(call, [z_t], batch, classes_last)
         z_s, (z_t,) = found.student, found.teachers
@@ -211,7 +250,7 @@ class Distillation(DistillationCallback):
             feature = _tensor(self._head_tap)
             if found.tokens and self._shifts:
                 feature = feature[:, :-1]
-            self._build("head", lambda: self._build_head(feature, z_s.shape[-1]), trainer, trainer.lightning_module)
+            self._build("head", lambda: self._build_head(feature, z_s.shape[-1]))
             z_s = self.trained["head"](feature)
         target = found.target
         if found.tokens and target is not None and (target.shape != z_s.shape[:-1] and classes_last):
@@ -224,17 +263,18 @@ class Distillation(DistillationCallback):
 
     # --- what the losses train, made when the shapes are known ---
 
-    def _build(self, name: str, make: Callable[[], nn.Module | None], trainer: Trainer, pl_module: Any) -> None:
+    def _build(self, name: str, make: Callable[[], nn.Module | None]) -> None:
         if name in self.trained:
             return
         with torch.random.fork_rng():  # the run draws the same numbers whether it builds (resumed) or not
             made = make()
-        self.trained[name] = nn.Identity() if made is None else made.to(pl_module.device)
+        self.trained[name] = nn.Identity() if made is None else made.to(self._device)
         pending = (self.loss is not None and isinstance(self.loss, DHKD) and "head" not in self.trained) or (
             self.feature_loss is not None and "features" not in self.trained
         )
         if not pending and any(True for _ in self.trained.parameters()):
-            self._prepare(trainer)
+            assert self._trainer is not None
+            self._prepare(self._trainer)
 
     def _build_features(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> nn.Module | None:
         build = getattr(self.feature_loss, "build", None)
@@ -270,98 +310,8 @@ class Distillation(DistillationCallback):
             tap.remove()
         for p in self._had_grad:
             p.requires_grad_(True)
-        self._student_features, self._teacher_features, self._head_tap, self._had_grad = [], [], None, []
-
-
-class SelfDistillation(Distillation):
-    """Distils from the student's own running average: an EMA teacher, made at the start of the fit.
-
-    After each step the optimizer took, the teacher's parameters move to ``decay`` of themselves plus the rest of the
-    student's; buffers are copied. The teacher is in eval mode, outside the module, and in the checkpoint under the
-    callback. Features are read by the same paths on both sides.
-
-    Args:
-        decay: In [0, 1]; 1 keeps the weights the run started with.
-        loss: Name of a loss of logits, or an object; null for features only.
-        parameters: Parameters of a loss given by name.
-        weight: Factor of the loss: a number, a schedule, or ``{fraction of the run: value}``.
-        temperature: Moves the loss's temperature; None: as in ``parameters``.
-        ce_weight: Factor of the module's own loss.
-        feature_loss: Name of a loss of features, or an object.
-        feature_parameters: Its parameters, if given by name.
-        feature_weight: Factor of the loss of features.
-        layers: Paths in the network whose outputs are compared.
-        student: Path of the sub-module that returns the logits; None: the only child with parameters.
-        output: Where the logits are in what the network returns: key, position or function; None finds them.
-        targets: Key or position of the targets in the batch, or a function of it; None finds them.
-        shift: Whether position t stands for token t + 1; None: for causal language models.
-
-    Raises:
-        LossplugError: As :class:`Distillation`; a decay outside [0, 1].
-    """
-
-    _must_be_trained = False
-
-    def __init__(
-        self,
-        decay: float = 0.999,
-        loss: str | DistillationLoss | None = "kd",
-        parameters: dict[str, Any] | None = None,
-        weight: Scheduled = 1.0,
-        temperature: Scheduled | None = None,
-        ce_weight: Scheduled = 1.0,
-        feature_loss: str | FeatureLoss | None = None,
-        feature_parameters: dict[str, Any] | None = None,
-        feature_weight: Scheduled = 1.0,
-        layers: list[str] | None = None,
-        student: str | None = None,
-        output: Pick = None,
-        targets: Pick = None,
-        shift: bool | None = None,
-    ) -> None:
-        super().__init__(
-            "ema",
-            loss,
-            parameters,
-            None,
-            weight,
-            temperature,
-            ce_weight,
-            feature_loss,
-            feature_parameters,
-            feature_weight,
-            {path: path for path in layers or ()},
-            student,
-            None,
-            output,
-            targets,
-            shift,
-        )
-        self.decay = check_number(self.where, "decay", decay, least=0, most=1)
-
-    def _make_teacher(self, teacher: Any, options: dict[str, Any] | None) -> nn.Module | None:
-        return None
-
-    def extras(self) -> nn.ModuleList:
-        """The average, and what the losses train."""
-        return nn.ModuleList([self.trained, *self.networks()])
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies the student, which has its weights now, and goes on from the average of a resumed run."""
-        self._detach_taps()
-        root = pl_module.get_submodule(self._path(pl_module))
-        self.teacher = plain_copy(root)
-        freeze(self.teacher)
-        self._attach(pl_module)
-        super().on_fit_start(trainer, pl_module)
-
-    def _check_fingerprint(self) -> None:
-        self._fingerprint = None
-
-    def after_step(self) -> None:
-        """Moves the average."""
-        assert self.teacher is not None
-        average_into(self.teacher, self.student_network, self.decay)
+        self._student_features, self._teacher_features, self._had_grad = [], [], []
+        self._head_tap, self._heads, self._trainer = None, None, None
 
 
 def classifier_path(network: nn.Module, where: str) -> str:

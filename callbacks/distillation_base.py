@@ -191,16 +191,11 @@ class DistillationCallback(Callback):
             )
         saved = self._saved
         if saved is not None:
-            try:
-                extras.load_state_dict(saved["extras"])
-            except RuntimeError as error:
-                raise LossplugError(
-                    f"the checkpoint holds another teacher: {str(error).splitlines()[-1].strip()}",
-                    where=self.where,
-                    remedy="Resume with the teacher the run was started with",
-                ) from None
+            self._load(extras, saved["extras"])
         share([*(p.data for p in extras.parameters()), *extras.buffers()])
         trained = [p for p in extras.parameters() if p.requires_grad]
+        if saved is not None and set(saved["extras"]) <= set(extras.state_dict()):
+            self._saved = None  # else a part of it is made, and restored, at the first step
         if not trained:
             return
         self.aux = AuxiliaryOptimizer(trained, trainer.optimizers[0], self.optimizer, self.lr_scale, self.scheduler)
@@ -209,7 +204,17 @@ class DistillationCallback(Callback):
             if saved.get("gradients"):
                 self.aux.set_gradients(saved["gradients"][dist.get_rank() if several_processes() else 0])
                 self._open = True
-        self._saved = None
+
+    def _load(self, extras: nn.ModuleList, saved: dict[str, Tensor]) -> None:
+        now = extras.state_dict()
+        odd = [k for k, v in now.items() if k not in saved or saved[k].shape != v.shape]
+        if odd:
+            raise LossplugError(
+                f"the checkpoint was written with other networks: {odd[0]!r} doesn't fit",
+                where=self.where,
+                remedy="Resume with the teachers and losses the run was started with",
+            )
+        extras.load_state_dict({k: saved[k] for k in now})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the schedules, or goes on."""

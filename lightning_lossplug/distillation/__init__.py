@@ -14,6 +14,7 @@ from lightning_lossplug.distillation.at import AttentionTransfer
 from lightning_lossplug.distillation.base import DistillationLoss, FeatureLoss, LogitLoss, OnlineLoss, OnlineTerms
 from lightning_lossplug.distillation.bdkd import BDKD
 from lightning_lossplug.distillation.dhkd import DHKD
+from lightning_lossplug.distillation.dino import DINO
 from lightning_lossplug.distillation.dist import DIST
 from lightning_lossplug.distillation.distilbert import HiddenCosine, spaced_layers
 from lightning_lossplug.distillation.dkd import DKD
@@ -27,6 +28,7 @@ from lightning_lossplug.distillation.mlkd import MLKD
 from lightning_lossplug.distillation.one import ONE
 from lightning_lossplug.distillation.rkd import RKD
 from lightning_lossplug.distillation.switokd import SwitOKD
+from lightning_lossplug.distillation.topk_logits import TopKLogits, top_logits
 from lightning_lossplug.distillation.ttm import TTM, WTTM
 from lightning_lossplug.distillation.uld import ULD
 from lightning_lossplug.errors import LossplugError, suggestion
@@ -37,6 +39,7 @@ __all__ = [
     "AKL",
     "BDKD",
     "DHKD",
+    "DINO",
     "DIST",
     "DKD",
     "DML",
@@ -63,9 +66,11 @@ __all__ = [
     "OnlineLoss",
     "OnlineTerms",
     "SwitOKD",
+    "TopKLogits",
     "create",
     "names",
     "spaced_layers",
+    "top_logits",
 ]
 
 

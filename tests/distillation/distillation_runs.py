@@ -58,7 +58,8 @@ def samples(n=64):
 
 
 def data(n=64, batch_size=8):
-    return DataLoader(samples(n), batch_size)
+    # a generator of its own: a plain loader would draw from the global one at another moment when a run is resumed
+    return DataLoader(samples(n), batch_size, generator=torch.Generator().manual_seed(0))
 
 
 def trainer(*callbacks, **options):

@@ -148,7 +148,10 @@ def test_an_averaged_student_is_the_teacher(window):
 
 def test_an_averaged_teacher_resumes_bit_by_bit(tmp_path):
     def run(save, ckpt_path=None):
-        module, callback = Plain(dropout=0.2), SelfDistillation(decay=0.9, weight=3.0)
+        module = Plain(dropout=0.2)
+        callback = SelfDistillation(
+            decay=0.9, weight=3.0, feature_loss="fitnet", feature_parameters={"always": True}, layers=["2"]
+        )
 
         class Saver(pl.Callback):
             def on_train_epoch_end(self, trainer, pl_module):
@@ -190,6 +193,29 @@ def test_hidden_states_of_language_models_with_a_fused_loss():
     assert callback.step == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("kd", {"temperature": 2.0}), ("gkd", {"beta": 0.3}), ("gkd", {"beta": 1.0}), ("minillm", {})],
+)
+def test_a_fused_loss_trains_the_same_without_logits(name, parameters):
+    def run(fused):
+        torch.manual_seed(0)
+        module, frozen, recorder = CausalLM(from_config=LLAMA), llama(2), Recorder()
+        calls = []
+        frozen.lm_head.register_forward_hook(lambda *a: calls.append(1))
+        swap = [SwapLoss("cross_entropy", fused=True)] if fused else []
+        callback = Distillation(frozen, name, parameters, fused=fused)
+        trainer(callback, recorder, *swap, max_epochs=2).fit(module, texts())
+        return torch.stack(recorder.losses), module.state_dict(), calls
+
+    (plain, weights, asked), (fused, twin, never) = run(False), run(True)
+    assert asked
+    assert not never  # the teacher's head never ran
+    torch.testing.assert_close(fused, plain)
+    for key, value in weights.items():
+        torch.testing.assert_close(twin[key], value, rtol=1e-3, atol=1e-5)
+
+
 class Stubborn(nn.Sequential):
     """Can't be put in eval mode."""
 
@@ -219,6 +245,8 @@ def constant():
         (lambda: Distillation(teacher(), None), "neither"),
         (lambda: Distillation(teacher(), "ttm", temperature=2.0), "no temperature"),
         (lambda: Distillation(teacher(), teacher_kwargs={"a": 1}), "given by name"),
+        (lambda: Distillation(teacher(), "dkd", fused=True), "DKD has no fused form"),
+        (lambda: Distillation(teacher(), "kd", fused=True), "has no output embedding"),
         (lambda: SelfDistillation(decay=1.5), "decay is 1.5"),
     ],
 )
