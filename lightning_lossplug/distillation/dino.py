@@ -28,8 +28,8 @@ class DINO(DistillationLoss):
 
     Mean over the pairs (teacher view i, student view j ≠ i) and samples of
     :math:`-\sum_k \mathrm{softmax}((t_i - c)/\tau_t)_k \log \mathrm{softmax}(s_j/\tau_s)_k`. In training mode the
-    centre c moves to :math:`m c + (1 - m)` times the mean teacher output (of all processes) after each call. Student views
-    start with the teacher's views, in the same order. The centre is a buffer: it is saved with the state.
+    centre c moves to :math:`m c + (1 - m)` times the mean teacher output (of all processes) after each call. Student
+    views start with the teacher's views, in the same order. The centre is a buffer: it is saved with the state.
 
     Use it with an averaged teacher, two large and several small crops.
 
