@@ -56,6 +56,8 @@ class Distillation(DistillationCallback):
             hidden states in chunks; the teacher's logits are never formed. With ``SwapLoss(..., fused=True)`` beside
             it the student's aren't either.
         lr_scale: Learning rate of what the losses train, over the module's.
+        agreement: Log, at each validation, how often student and teacher agree and how often the teacher is right; it
+            costs a forward pass of the teacher. Logits have the classes last.
 
     Raises:
         LossplugError: Unknown loss, parameter or teacher; at setup: manual optimization, paths that match nothing; at
@@ -83,9 +85,19 @@ class Distillation(DistillationCallback):
         shift: bool | None = None,
         fused: bool = False,
         lr_scale: float = 1.0,
+        agreement: bool = False,
     ) -> None:
         super().__init__(
-            student, inputs_from, output, targets, shift, weight, ce_weight, temperature, lr_scale, None, None
+            student,
+            inputs_from,
+            output,
+            targets,
+            shift,
+            weight,
+            ce_weight,
+            temperature,
+            lr_scale,
+            agreement=agreement,
         )
         self.loss = create(loss, **(parameters or {})) if isinstance(loss, str) else loss
         if isinstance(self.loss, (OnlineLoss, FeatureLoss)):

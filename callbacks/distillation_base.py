@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -18,8 +16,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lossplug.distillation.networks import check_apart, several_processes, share
-from lightning_lossplug.distillation.optimizer import AuxiliaryOptimizer
+from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
+from lightning_lossplug.callbacks.teacher_agreement import AgreementLog
+from lightning_lossplug.distillation.networks import check_apart
 from lightning_lossplug.distillation.signals import Signals, align, logits_of, predicts_next_token, targets_of
 from lightning_lossplug.distillation.taps import Call, Tap, all_armed, find_student
 from lightning_lossplug.errors import LossplugError
@@ -58,7 +57,7 @@ def named_teacher(teacher: nn.Module | str, options: dict[str, Any] | None, wher
         return registry.get("teacher", kind).load()(name, **(options or {}))
 
 
-class DistillationCallback(Callback):
+class DistillationCallback(AgreementLog, ExtrasCallback):
     """Adds a term to the loss of an unedited module; the base of the distillation callbacks.
 
     Networks it brings are kept outside the module: not in its checkpoint keys, not in its optimizer, not switched by
@@ -79,34 +78,22 @@ class DistillationCallback(Callback):
         lr_scale: float = 1.0,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], Any] | None = None,
+        agreement: bool = False,
     ) -> None:
-        self.where = type(self).__name__
+        super().__init__(lr_scale, optimizer, scheduler)
         self.student, self.inputs_from = student, inputs_from
         self.output, self.targets, self.shift = output, targets, shift
         self.weight, self.ce_weight = schedule_of(weight), schedule_of(ce_weight)
         self.temperature = None if temperature is None else schedule_of(temperature)
-        self.lr_scale, self.optimizer, self.scheduler = lr_scale, optimizer, scheduler
-        self.step = 0
-        self.aux: AuxiliaryOptimizer | None = None
+        self.agreement = agreement
         self.logs: dict[str, Tensor] = {}
         self._student_tap: Tap | None = None
         self._input_tap: Tap | None = None
         self._taps: list[Tap] = []
-        self._saved: dict[str, Any] | None = None
-        self._restored = False
-        self._open = False  # gradients of an unfinished accumulation are held
         self._handles: list[RemovableHandle] = []
         self._shifts = False
 
     # --- what a subclass says ---
-
-    @abstractmethod
-    def networks(self) -> list[nn.Module]:
-        """The teachers."""
-
-    @abstractmethod
-    def extras(self) -> nn.ModuleList:
-        """Everything that is trained, or changes, and belongs into the checkpoint."""
 
     @abstractmethod
     def term(self, trainer: Trainer, pl_module: LightningModule, call: Call, batch: Any) -> Tensor:
@@ -139,7 +126,7 @@ class DistillationCallback(Callback):
                 where=self.where,
                 remedy="Call the loss in training_step: lightning_lossplug.distillation.create(...)",
             )
-        self._restored, self._saved, self.aux, self._open = False, None, None, False
+        self.forget_run()
         self._detach(pl_module)
         if not is_overridden("configure_model", pl_module):
             self._attach(pl_module)
@@ -179,42 +166,6 @@ class DistillationCallback(Callback):
         network.to(pl_module.device)
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(network)
-
-    def _prepare(self, trainer: Trainer) -> None:
-        """Restores the extras and makes their optimizer; called once they exist."""
-        extras = self.extras()
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise LossplugError(
-                f"a network that changes in training is not supported with {type(trainer.strategy).__name__}",
-                where=self.where,
-                remedy="Use one device or DDP, or a frozen teacher",
-            )
-        saved = self._saved
-        if saved is not None:
-            self._load(extras, saved["extras"])
-        share([*(p.data for p in extras.parameters()), *extras.buffers()])
-        trained = [p for p in extras.parameters() if p.requires_grad]
-        if saved is not None and set(saved["extras"]) <= set(extras.state_dict()):
-            self._saved = None  # else a part of it is made, and restored, at the first step
-        if not trained:
-            return
-        self.aux = AuxiliaryOptimizer(trained, trainer.optimizers[0], self.optimizer, self.lr_scale, self.scheduler)
-        if saved is not None:
-            self.aux.load_state_dict(saved)
-            if saved.get("gradients"):
-                self.aux.set_gradients(saved["gradients"][dist.get_rank() if several_processes() else 0])
-                self._open = True
-
-    def _load(self, extras: nn.ModuleList, saved: dict[str, Tensor]) -> None:
-        now = extras.state_dict()
-        odd = [k for k, v in now.items() if k not in saved or saved[k].shape != v.shape]
-        if odd:
-            raise LossplugError(
-                f"the checkpoint was written with other networks: {odd[0]!r} doesn't fit",
-                where=self.where,
-                remedy="Resume with the teachers and losses the run was started with",
-            )
-        extras.load_state_dict({k: saved[k] for k in now})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the schedules, or goes on."""
@@ -276,43 +227,16 @@ class DistillationCallback(Callback):
                     remedy="Both need the same classes or vocab_size (which is not the length of the tokenizer)",
                 )
 
+    def logits(self, network: nn.Module, output: Any) -> Tensor:
+        """Returns the logits in what a teacher returned."""
+        return logits_of(output, self.output, f"the teacher {type(network).__name__}")
+
     def teacher_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments the student's network (or ``inputs_from``) was called with, outside its graph."""
         tap = self._input_tap or self._student_tap
         assert tap is not None
         call = tap.last()
         return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (call.args, dict(call.kwargs)))
-
-    # --- the auxiliary optimizer, in step with the trainer's ---
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Drops the extras' gradients: at the first micro-batch of a window only."""
-        if self.aux is not None:
-            self.aux.zero_grad()
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gradients are held now."""
-        self._open = True
-
-    def aux_steps(self) -> bool:
-        """Whether the extras take this step."""
-        return True
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Steps the extras: averaged over processes, unscaled and clipped as the module's own gradients are."""
-        self._open = False
-        if self.aux is None or not self.aux_steps():
-            return
-        limit, how = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-
-        def clip(parameters: list[nn.Parameter]) -> None:
-            if how is not None and str(getattr(how, "value", how)) == "value":
-                nn.utils.clip_grad_value_(parameters, float(limit))  # type: ignore[arg-type]
-            else:
-                nn.utils.clip_grad_norm_(parameters, float(limit))  # type: ignore[arg-type]
-
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.aux.step(scaler, clip if limit else None)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
@@ -329,30 +253,6 @@ class DistillationCallback(Callback):
         if every and trainer.global_step % every == 0 and self.logs:
             values = {f"{self.where}/{key}": value for key, value in self.logs.items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False)  # type: ignore[arg-type]
-
-    # --- checkpoint ---
-
-    def state_dict(self) -> dict[str, Any]:
-        """The clock and, where there are extras, their weights and optimizer, in plain types."""
-        extras = dict(self.extras().state_dict())
-        return {"step": self.step, "extras": extras, **({} if self.aux is None else self.aux.state_dict())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps :meth:`state_dict` until the objects exist."""
-        self.step, self._restored = state_dict["step"], True
-        self._saved = state_dict if state_dict["extras"] else None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the extras' gradients of an unfinished accumulation, of every process."""
-        if self.aux is None or not self._open:
-            return
-        ranks: list[Any] = [self.aux.gradients()]
-        if several_processes():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, self.aux.gradients())
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None:
-            state["gradients"] = ranks
 
     # --- the end ---
 

@@ -51,6 +51,8 @@ class OnlineDistillation(DistillationCallback):
         lr_scale: The teachers' learning rate over the module's (its first group's).
         optimizer: Makes the teachers' optimizer from their parameters; None: one like the module's.
         scheduler: Makes a schedule for it, stepped after each of its steps; None: it follows the module's.
+        agreement: Log, at each validation, how often student and teacher agree and how often the teacher is right; it
+            costs a forward pass of the teacher. Logits have the classes last.
 
     Raises:
         LossplugError: Unknown method or parameter; at setup: manual optimization, no such sub-module; at the first
@@ -76,6 +78,7 @@ class OnlineDistillation(DistillationCallback):
         lr_scale: float = 1.0,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], Any] | None = None,
+        agreement: bool = False,
     ) -> None:
         super().__init__(
             student,
@@ -89,6 +92,7 @@ class OnlineDistillation(DistillationCallback):
             lr_scale,
             optimizer,
             scheduler,
+            agreement,
         )
         loss = create(method, **(parameters or {})) if isinstance(method, str) else method
         if not isinstance(loss, OnlineLoss):

@@ -48,23 +48,32 @@ class Tap:
         self.reads_input = path.startswith(INPUT)
         self.module = find_submodule(root, path.removeprefix(INPUT), where)
         self.calls: list[Call] = []
-        self._armed = False
+        self._armed, self._strict = False, with_grad_only
         self._handle = self.module.register_forward_hook(self._hook, with_kwargs=True)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._armed and (torch.is_grad_enabled() or not self.with_grad_only):
+        if self._armed and (torch.is_grad_enabled() or not self._strict):
             value = _first(args, kwargs) if self.reads_input else output
             version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
             self.calls.append(Call(args, kwargs, value, version))
 
+    def arm(self, with_grad_only: bool | None = None) -> None:
+        """Keeps calls from now on; earlier ones are forgotten."""
+        self.calls, self._armed = [], True
+        self._strict = self.with_grad_only if with_grad_only is None else with_grad_only
+
+    def disarm(self) -> None:
+        """Keeps no more calls."""
+        self._armed = False
+
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Keeps calls inside the ``with`` block; earlier ones are forgotten."""
-        self.calls, self._armed = [], True
+        """Keeps calls inside the ``with`` block."""
+        self.arm()
         try:
             yield
         finally:
-            self._armed = False
+            self.disarm()
 
     def last(self) -> Call:
         """Returns the last call.

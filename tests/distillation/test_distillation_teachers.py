@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from distillation_runs import trainer
+from distillation_runs import Plain, data, network, samples, trainer
 from torch.utils.data import DataLoader
 
 from lightning_lossplug import LossplugError
-from lightning_lossplug.callbacks import Distillation
+from lightning_lossplug.callbacks import Distillation, OnlineDistillation
 from lightning_lossplug.integrations import ImageClassifier, artifact_teacher, checkpoint_teacher
 from lightning_lossplug.integrations.artifact import export_artifact
 from lightning_lossplug.metrics import TeacherAgreement
@@ -47,6 +47,23 @@ def test_missing_files_are_one_line(teacher, message):
     with pytest.raises(LossplugError, match=message) as error:
         Distillation(teacher)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("online", [False, True])
+def test_agreement_is_logged_in_validation(online):
+    module, frozen = Plain(), network(12, seed=5)
+    kind = OnlineDistillation if online else Distillation
+    callback = kind(frozen, agreement=True)
+    t = trainer(callback)
+    t.fit(module, data(), data())
+    x, y = samples().tensors
+    with torch.no_grad():
+        ours, theirs = module.net.eval()(x).argmax(1), frozen.eval()(x).argmax(1)
+    name = type(callback).__name__
+    assert t.callback_metrics[f"{name}/val_agreement"] == (ours == theirs).float().mean()
+    assert t.callback_metrics[f"{name}/val_teacher_accuracy"] == (theirs == y).float().mean()
+    assert not module.net._forward_hooks
 
 
 def test_agreement():
