@@ -14,13 +14,16 @@ from lightning_lossplug.registry import register_path
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.activation_sparsity import ActivationDensity
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
+    from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
+    from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
     from lightning_lossplug.callbacks.qat import QAT
     from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
     from lightning_lossplug.callbacks.sam import SAM
+    from lightning_lossplug.callbacks.self_distillation import SelfDistillation
     from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
@@ -29,11 +32,14 @@ __all__ = [
     "QAT",
     "SAM",
     "ActivationDensity",
+    "Distillation",
     "ExactResume",
     "GradientAdaptiveQAT",
     "KVChannelShrink",
     "MoEBalancing",
     "NMSparsity",
+    "OnlineDistillation",
+    "SelfDistillation",
     "SparsityHealth",
     "SwapLoss",
     "TechniqueCallback",
@@ -48,12 +54,15 @@ _HOME = {
     "QAT": "qat",
     "SAM": "sam",
     "ActivationDensity": "activation_sparsity",
+    "Distillation": "distillation",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
     "MoEBalancing": "moe_balancing",
     "GradientAdaptiveQAT": "qat_gradient",
     "NMSparsity": "nm_sparsity",
     "SparsityHealth": "sparsity_health",
+    "OnlineDistillation": "online_distillation",
+    "SelfDistillation": "self_distillation",
     "SwapLoss": "swap_loss",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
@@ -74,6 +83,9 @@ for _name, _family in {
     "SAM": "robustness",
     "QAT": "quantization",
     "GradientAdaptiveQAT": "quantization",
+    "OnlineDistillation": "distillation",
+    "Distillation": "distillation",
+    "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 

@@ -25,6 +25,10 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "load_causal_lm": ("pretrained", {}),
     "load_tokenizer": ("pretrained", {}),
     "smollm2_path": ("pretrained", {}),
+    "timm_teacher": ("teachers", {}),
+    "hf_teacher": ("teachers", {}),
+    "checkpoint_teacher": ("teachers", {}),
+    "artifact_teacher": ("teachers", {}),
 }
 __all__ = list(_EXPORTS)
 
@@ -38,6 +42,8 @@ for _kind, _name, _family in (
     ("data", "TextData", "language"),
 ):
     register_path(_kind, _name, f"{__name__}.{_name}", family=_family)
+for _name in ("timm", "hf", "checkpoint", "artifact"):
+    register_path("teacher", _name, f"{__name__}.{_name}_teacher", family="distillation")
 
 
 def __getattr__(name: str) -> Any:

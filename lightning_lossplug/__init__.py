@@ -1,4 +1,4 @@
-"""New losses and progressive N:M sparsity for any LightningModule, by adding callbacks to its Trainer.
+"""Losses, sparsity, quantisation, distillation and small KV caches for any LightningModule, by callbacks.
 
 The core (this package without ``callbacks`` and ``integrations``) is plain PyTorch. Sub-packages are imported when
 they are first touched, so ``import lightning_lossplug`` costs little more than ``import torch``.
@@ -15,6 +15,7 @@ __all__ = ["LossplugError", "__version__", "registry"]
 
 _ROOMS = {
     "callbacks",
+    "distillation",
     "export",
     "integrations",
     "kv_cache",

@@ -31,6 +31,7 @@ ENTRY_POINT_GROUP = "lightning_lossplug"
 BUILTIN_MODULES = (
     "lightning_lossplug.schedules",
     "lightning_lossplug.losses",
+    "lightning_lossplug.distillation",
     "lightning_lossplug.sparsity",
     "lightning_lossplug.quantization",
     "lightning_lossplug.metrics",
@@ -55,8 +56,8 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
-            ``activation`` (thresholds), ``quantizer``, ``schedule``, ``callback``, ``model``, ``data``, ``metric`` or
-            ``exporter``.
+            ``activation`` (thresholds), ``quantizer``, ``teacher``, ``schedule``, ``callback``, ``model``, ``data``,
+            ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

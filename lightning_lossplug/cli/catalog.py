@@ -12,7 +12,10 @@ from lightning_lossplug.recipes import config_names, config_path, config_title
 from lightning_lossplug.registry import Entry, registry
 
 CONFIG = "config"
-ORDER = ("loss", "recipe", "mask", "quantizer", "schedule", "callback", "model", "data", "metric", "exporter", CONFIG)
+ORDER = (
+    *("loss", "recipe", "mask", "score", "transform", "activation", "quantizer", "teacher", "schedule", "optimizer"),
+    *("callback", "model", "data", "metric", "function", "exporter", CONFIG),
+)
 
 
 def entries() -> list[Entry]:

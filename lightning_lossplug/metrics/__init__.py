@@ -15,6 +15,7 @@ _CLASSES = {
     "DecodePerplexity": ("decode_perplexity", "kv_cache"),
     "NMCompliance": ("sparsity", "sparsity"),
     "Sparsity": ("sparsity", "sparsity"),
+    "TeacherAgreement": ("agreement", "distillation"),
 }
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DecodePerplexity",
     "NMCompliance",
     "Sparsity",
+    "TeacherAgreement",
     "compliant_groups",
     "stored_bytes",
     "zeros",

@@ -1,0 +1,128 @@
+"""How often student and teachers agree on validation data."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_lossplug.distillation.signals import Signals
+from lightning_lossplug.distillation.taps import Call, Tap
+from lightning_lossplug.metrics import TeacherAgreement
+
+
+class AgreementMeter:
+    """Counts, over one validation run and all processes, agreement with the teachers and the teachers' accuracy.
+
+    Args:
+        device: Where the logits are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.agreement, self.accuracy = TeacherAgreement().to(device), MeanMetric().to(device)
+        self._labelled = False
+
+    def update(self, found: Signals, ignore_index: int = -100) -> None:
+        """Counts a batch of logits with classes last."""
+        y = found.target
+        labelled = y is not None and not y.is_floating_point() and y.shape == found.student.shape[:-1]
+        mask = found.mask
+        if labelled and found.tokens:
+            valid = y != ignore_index
+            mask = valid if mask is None else mask & valid
+        for z in found.teachers:
+            if z.shape == found.student.shape:
+                self.agreement.update(found.student, z, mask)
+            if labelled:
+                right = z.argmax(dim=-1) == y
+                self.accuracy.update((right if mask is None else right[mask]).float())
+                self._labelled = True
+
+    def results(self) -> dict[str, Tensor]:
+        """Returns ``val_agreement`` and, where there were labels, ``val_teacher_accuracy``."""
+        found = {"val_agreement": self.agreement.compute()}
+        if self._labelled:
+            found["val_teacher_accuracy"] = self.accuracy.compute()
+        return found
+
+
+class AgreementLog(Callback):
+    """Logs agreement with the teachers at each validation of a fit, when ``agreement`` is set."""
+
+    where: str
+    agreement: bool
+    _meter: AgreementMeter | None = None
+    _student_tap: Tap | None
+    _input_tap: Tap | None
+
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """The teachers."""
+
+    @abstractmethod
+    def teacher_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments for the teachers."""
+
+    @abstractmethod
+    def signals(self, call: Call, teachers: list[Tensor], batch: Any, classes_last: bool = True) -> Signals:
+        """Returns logits, targets and mask in step."""
+
+    @abstractmethod
+    def logits(self, network: nn.Module, output: Any) -> Tensor:
+        """Returns the logits in what a teacher returned."""
+
+    def answers(self) -> list[Tensor]:
+        """Returns the teachers' logits for the last validation batch, in eval mode."""
+        args, kwargs = self.teacher_call()
+        found = []
+        for network in self.networks():
+            was = network.training
+            network.eval()
+            found.append(self.logits(network, network(*args, **kwargs)))
+            network.train(was)
+        return found
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting, where asked."""
+        fitting = self._student_tap is not None and not trainer.sanity_checking
+        self._meter = AgreementMeter(pl_module.device) if self.agreement and fitting else None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Reads the student."""
+        if self._meter is not None:
+            for tap in (self._student_tap, self._input_tap):
+                if tap is not None:
+                    tap.arm(with_grad_only=False)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Asks the teachers and counts."""
+        if self._meter is None or self._student_tap is None:
+            return
+        taps = [tap for tap in (self._student_tap, self._input_tap) if tap is not None]
+        for tap in taps:
+            tap.disarm()
+        with trainer.precision_plugin.val_step_context():
+            self._meter.update(self.signals(self._student_tap.last(), self.answers(), batch))
+        for tap in taps:
+            tap.forget()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what was counted."""
+        if self._meter is not None:
+            values = {f"{self.where}/{key}": value for key, value in self._meter.results().items()}
+            pl_module.log_dict(values, rank_zero_only=False)  # type: ignore[arg-type]
+            self._meter = None

@@ -1,0 +1,76 @@
+"""Two fits under DDP: BD-KD and SwitOKD, each rank with every second sample, different teachers to begin with."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_lossplug.callbacks import Distillation, OnlineDistillation, SelfDistillation
+
+
+def network(width: int, seed: int, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(seed)
+    middle = nn.BatchNorm1d(width) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(16, width), middle, nn.ReLU(), nn.Linear(width, 4))
+
+
+class Net(pl.LightningModule):
+    """A user's module."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.net = network(8, 0, norm)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator)
+    return TensorDataset(x, (x @ torch.randn(16, 4, generator=generator)).argmax(1))
+
+
+class Data(pl.LightningDataModule):
+    """Every second sample for each rank, in order: the sampler that Lightning adds would shuffle."""
+
+    def train_dataloader(self):
+        data = samples()
+        return DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False))
+
+
+def fit(module, callback):
+    pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, datamodule=Data())
+    return {"net": module.net.state_dict(), "extras": callback.extras().state_dict()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    plain, found = Net(), {}
+    found["plain"] = fit(plain, OnlineDistillation(network(16, 5 + rank)))  # rank 0's teacher is taken by both
+    found["switokd"] = fit(Net(norm=True), OnlineDistillation(network(16, 5, norm=True), "switokd"))
+    features = Distillation(network(12, 7, norm=True), feature_loss="fitnet", layers={"2": "2"})
+    found["fitnet"] = fit(Net(norm=True), features)
+    found["ema"] = fit(Net(norm=True), SelfDistillation(0.9))
+    torch.save(found, Path(sys.argv[1]) / f"rank{plain.global_rank}.pt")
