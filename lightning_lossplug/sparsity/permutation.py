@@ -35,7 +35,7 @@ def permutation_search(
     m: int = 4,
     dim: Literal["in"] | int = "in",
     *,
-    rounds: int = 200,
+    rounds: int = 50,
     seed: int = 0,
 ) -> Tensor:
     """Returns an order of the inputs, ``[C]``, in which an N:M mask keeps at least as much magnitude as before.
@@ -48,7 +48,7 @@ def permutation_search(
         n: Entries kept per group.
         m: Group size, a divisor of the axis.
         dim: The axis of the inputs.
-        rounds: Most rounds; each costs about ``2 m`` sorts of the weight.
+        rounds: Most rounds, each about ``2 m`` sorts of the weight; the first 20 bring most of the gain.
         seed: Of the pairings, drawn on the CPU, so that every rank finds the same order.
 
     Raises:
@@ -121,7 +121,7 @@ def permute_for_sparsity(
     batch: Any,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     layers: Sequence[str] | None = None,
-    rounds: int = 200,
+    rounds: int = 50,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Reorders hidden channels in place so that N:M masks keep more; the network computes the same.

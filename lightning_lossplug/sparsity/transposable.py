@@ -45,9 +45,10 @@ def transposable_mask(
         n: Entries kept per row and per column of a tile.
         m: Edge of a tile; it divides both axes.
         solver: ``exact`` maximises the kept magnitude (all patterns for M <= 4, otherwise a flow that takes N M rounds;
-            magnitudes are compared as 40-bit integers of the tile's largest). ``greedy`` takes entries in descending
-            order while their row and column have room: at least half of the best and mostly about 98 % of it, and some
-            rows and columns may keep fewer than N. ``exhaustive24`` is the exact search for 2:4 alone.
+            magnitudes are compared as 40-bit integers of the tile's largest; on a CPU that is seconds per million
+            weights). ``greedy`` takes entries in descending order while their row and column have room: at least half
+            of the best and mostly about 98.5 % of it, and some rows and columns may keep fewer than N. ``exhaustive24``
+            is the exact search for 2:4 alone.
         axes: Output and reduction axis, in either order.
         scores: Replaces ``|weight|``: non-negative, of the same shape.
 

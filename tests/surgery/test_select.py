@@ -109,3 +109,28 @@ def test_the_attention_of_torch_offers_both_projections():
     assert "self_attn.in_proj_weight" in names
     assert "self_attn.out_proj" in names
     assert torch.is_tensor(encoder.self_attn.in_proj_weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("says", [False, True])
+def test_fused_experts_are_found_by_their_shapes_or_their_flag(transposed, fused, says):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            hidden, inner = 8, 12
+            wide = 2 * inner if fused else inner
+            up, down = ((hidden, wide), (inner, hidden)) if transposed else ((wide, hidden), (hidden, inner))
+            for name in ("gate_up_proj",) if fused else ("gate_proj", "up_proj"):
+                self.register_parameter(name, nn.Parameter(torch.empty(3, *up)))
+            self.down_proj = nn.Parameter(torch.empty(3, *down))
+            self.bias = nn.Parameter(torch.empty(3, hidden))
+            if says:
+                self.is_transposed = transposed
+
+    found = candidates(nn.ModuleDict({"experts": Experts()}))
+    assert [c.name for c in found][-1] == "experts.down_proj"
+    assert len(found) == (2 if fused else 3)
+    for candidate in found:
+        assert (candidate.reduction_axis, candidate.output_axis) == ((1, 2) if transposed else (2, 1))
+        assert candidate.shape[candidate.reduction_axis] == (12 if candidate.parameter == "down_proj" else 8)
