@@ -278,7 +278,7 @@ class Distillation(DistillationCallback):
     def _build(self, name: str, make: Callable[[], nn.Module | None]) -> None:
         if name in self.trained:
             return
-        with torch.random.fork_rng():  # the run draws the same numbers whether it builds (resumed) or not
+        with torch.random.fork_rng(devices=[]):  # the run draws the same numbers whether it builds (resumed) or not
             made = make()
         self.trained[name] = nn.Identity() if made is None else made.to(self._device)
         pending = (self.loss is not None and isinstance(self.loss, DHKD) and "head" not in self.trained) or (

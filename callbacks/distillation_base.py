@@ -53,7 +53,7 @@ def named_teacher(teacher: nn.Module | str, options: dict[str, Any] | None, wher
             where=where,
             remedy="Write timm:NAME, hf:NAME, checkpoint:FILE or artifact:FOLDER",
         )
-    with torch.random.fork_rng():  # the student's run draws the same numbers with and without a teacher
+    with torch.random.fork_rng(devices=[]):  # the student's run draws the same numbers with and without a teacher
         return registry.get("teacher", kind).load()(name, **(options or {}))
 
 

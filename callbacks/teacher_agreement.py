@@ -28,17 +28,17 @@ class AgreementMeter:
 
     def update(self, found: Signals, ignore_index: int = -100) -> None:
         """Counts a batch of logits with classes last."""
-        y = found.target
-        labelled = y is not None and not y.is_floating_point() and y.shape == found.student.shape[:-1]
-        mask = found.mask
-        if labelled and found.tokens:
-            valid = y != ignore_index
+        y, mask = found.target, found.mask
+        if y is not None and (y.is_floating_point() or y.shape != found.student.shape[:-1]):
+            y = None
+        if y is not None and found.tokens:
+            valid = torch.ne(y, ignore_index)
             mask = valid if mask is None else mask & valid
         for z in found.teachers:
             if z.shape == found.student.shape:
                 self.agreement.update(found.student, z, mask)
-            if labelled:
-                right = z.argmax(dim=-1) == y
+            if y is not None:
+                right = torch.eq(z.argmax(dim=-1), y)
                 self.accuracy.update((right if mask is None else right[mask]).float())
                 self._labelled = True
 

@@ -98,7 +98,7 @@ def test_recipe_files_parse_and_their_parts_exist(name):
     assert config["model"]["class_path"].startswith("lightning_lossplug.integrations.")
     assert config["data"]["class_path"].startswith("lightning_lossplug.integrations.")
     callbacks = [c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]]
-    assert callbacks in (["SwapLoss", "NMSparsity"], ["QAT"])
+    assert callbacks in (["SwapLoss", "NMSparsity"], ["QAT"], ["OnlineDistillation"])
 
 
 def test_a_recipe_trains_and_options_override_it(cli):
