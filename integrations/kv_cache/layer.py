@@ -27,7 +27,6 @@ class ChannelShrunkLayer(DynamicLayer):
         window: Recent tokens kept exactly, the current one among them.
         k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
         v_bits: The same for values.
-        sinks: First tokens of every row kept exactly.
     """
 
     is_croppable = False  # codes can't be taken back
@@ -35,11 +34,9 @@ class ChannelShrunkLayer(DynamicLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int, sinks: int
-    ) -> None:
+    def __init__(self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int) -> None:
         super().__init__()
-        self.factors, self.rotary, self.window, self.sinks = factors, rotary, window, sinks
+        self.factors, self.rotary, self.window = factors, rotary, window
         self.key_codes = CodeStore(factors.keys.rank, k_bits)
         self.value_codes = CodeStore(factors.values.rank, v_bits)
         self.history: RotaryHistory | None = None

@@ -35,7 +35,8 @@ class CodeStore:
         """Returns all codes, ``[batch, tokens, r]``."""
         if self.bits == 16:
             return self.parts[0]
-        return dequantize_codes(*self.parts, self.rank, self.bits, dtype)
+        packed, ranges = self.parts
+        return dequantize_codes(packed, ranges, self.rank, self.bits, dtype)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor, for a change of batch or device."""

@@ -60,7 +60,10 @@ def train_factors(
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(gram.dtype).tiny)
     gram = gram / size
     a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
-    best, kept = torch.full(gram.shape[:-2], float("inf"), dtype=gram.dtype, device=gram.device), (a, b)
+    best, kept = (
+        torch.full(gram.shape[:-2], float("inf"), dtype=gram.dtype, device=gram.device),
+        (a.detach(), b.detach()),
+    )
     optimizer = torch.optim.Adam([a, b], lr=lr)
     with torch.enable_grad():
         for step in range(steps + 1):
@@ -69,7 +72,7 @@ def train_factors(
                 raise LossplugError("the reconstruction loss is not finite", where="train_factors", remedy="Lower lr")
             better = (losses.detach() < best)[..., None, None]
             best = torch.minimum(best, losses.detach())
-            kept = tuple(torch.where(better, now.detach(), old.detach()) for now, old in zip((a, b), kept, strict=True))
+            kept = (torch.where(better, a.detach(), kept[0]), torch.where(better, b.detach(), kept[1]))
             if step == steps:
                 break
             for group in optimizer.param_groups:

@@ -85,9 +85,8 @@ def test_the_inits_are_ordered_by_error():
     recorder = record_moments(model, TEXT)
     errors = {}
     for init, steps in (("svd", 0), ("asvd", 0), ("asvd", 300), ("whitened", 0)):
-        made = fit_factors(
-            model, recorder, KVShrinkSettings(k_ratio=0.7, v_ratio=0.7, init=init, steps=steps, lr=1e-2, means=False)
-        )
+        settings = KVShrinkSettings(k_ratio=0.7, v_ratio=0.7, init=init, steps=steps, lr=1e-2, v_metric="plain")
+        made = fit_factors(model, recorder, settings)
         errors[init, steps] = sum(layer.k_error + layer.v_error for layer in made.layers.values())
     best = errors["whitened", 0]
     assert best <= min(errors.values())
@@ -120,9 +119,11 @@ def test_budgets_are_kept_and_used(allocation, bits, limit):
 def test_spectrum_beats_uniform_in_what_it_minimises():
     model = model_of("qwen2")
     recorder = record_moments(model, TEXT)
+    more = {"k_ratio": 0.6, "v_ratio": 0.6, "v_metric": "plain"}
+    settings = {allocation: KVShrinkSettings(allocation=allocation, **more) for allocation in ("uniform", "spectrum")}
 
     def error(allocation):
-        made = fit_factors(model, recorder, KVShrinkSettings(k_ratio=0.6, v_ratio=0.6, allocation=allocation))
+        made = fit_factors(model, recorder, settings[allocation])
         return sum(layer.k_error + layer.v_error for layer in made.layers.values())
 
     assert error("spectrum") <= error("uniform")
