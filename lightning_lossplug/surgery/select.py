@@ -150,10 +150,13 @@ def _fused_experts(layer: nn.Module) -> tuple[LayerKind, ...]:
     up = shapes.get("gate_up_proj", shapes.get("up_proj"))
     if down is None or up is None:
         return ()
-    # Where the class doesn't say how it stores them: the hidden size is the input of one and the output of the other.
-    parts = 2 if "gate_up_proj" in shapes else 1
-    by_shape = up[1] == down[2] and up[2] == parts * down[1] and up[1:] != (parts * down[2], down[1])
-    transposed = bool(getattr(layer, "is_transposed", by_shape))
+    transposed = getattr(layer, "is_transposed", None)
+    if transposed is None:
+        # The class doesn't say how it stores them. A fused projection, twice as wide on one side, shows it; the shapes
+        # of separate ones fit both ways.
+        if "gate_up_proj" not in shapes:
+            return ()
+        transposed = up[1] == down[2] and up[2] == 2 * down[1]
     axes = (1, 2) if transposed else (2, 1)
     return tuple(LayerKind(name, *axes) for name in shapes)
 

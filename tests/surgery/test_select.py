@@ -129,6 +129,9 @@ def test_fused_experts_are_found_by_their_shapes_or_their_flag(transposed, fused
                 self.is_transposed = transposed
 
     found = candidates(nn.ModuleDict({"experts": Experts()}))
+    if not says and not fused:  # the shapes fit both ways, so nothing is guessed
+        assert found == []
+        return
     assert [c.name for c in found][-1] == "experts.down_proj"
     assert len(found) == (2 if fused else 3)
     for candidate in found:
