@@ -209,7 +209,8 @@ class ChannelShrunkLayer(DynamicLayer):
         self.is_initialized = False
         self.key_codes.clear()
         self.value_codes.clear()
-        self.history = self.sink_columns = self.sink_keys = self.sink_values = None
+        self.history = None
+        self.sink_columns = self.sink_keys = self.sink_values = None
         self.seen = self.announced = 0
 
     def nbytes(self) -> int:

@@ -52,9 +52,10 @@ class Factors:
         rebuilt = flat @ self.decode if self.mean is None else torch.addmm(self.mean, flat, self.decode)
         return rebuilt.view(*code.shape[:-1], self.width)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> Factors:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """Returns the factors on a device, in a dtype."""
-        return Factors(self.encode.to(*args), self.decode.to(*args), None if self.mean is None else self.mean.to(*args))
+        mean = None if self.mean is None else self.mean.to(device, dtype)
+        return Factors(self.encode.to(device, dtype), self.decode.to(device, dtype), mean)
 
 
 def check_rank(rank: int, width: int, where: str) -> int:

@@ -224,7 +224,7 @@ def _factors(
         encode, decode = train_factors(second, None, encode, decode, steps=settings.steps, lr=settings.lr)
     mean = moments.mean().cpu() if settings.means else None
     factors = balanced(Factors(encode, decode, mean), second)
-    return factors.to(torch.float32), relative_error(second, factors)
+    return factors.to(dtype=torch.float32), relative_error(second, factors)
 
 
 def relative_error(second: Tensor, factors: Factors) -> float:
