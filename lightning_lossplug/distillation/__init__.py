@@ -26,6 +26,7 @@ from lightning_lossplug.distillation.kdcl import KDCL
 from lightning_lossplug.distillation.logit_std import LogitStd
 from lightning_lossplug.distillation.mlkd import MLKD
 from lightning_lossplug.distillation.one import ONE
+from lightning_lossplug.distillation.reviewkd import ReviewKD
 from lightning_lossplug.distillation.rkd import RKD
 from lightning_lossplug.distillation.switokd import SwitOKD
 from lightning_lossplug.distillation.topk_logits import TopKLogits, top_logits
@@ -65,6 +66,7 @@ __all__ = [
     "MiniLLM",
     "OnlineLoss",
     "OnlineTerms",
+    "ReviewKD",
     "SwitOKD",
     "TopKLogits",
     "create",

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_lossplug.distillation import create, spaced_layers
 from lightning_lossplug.distillation.at import attention_map
 from lightning_lossplug.distillation.fitnet import regressor
+from lightning_lossplug.distillation.reviewkd import hierarchical_distance
 from lightning_lossplug.distillation.rkd import angles, distances
 from lightning_lossplug.errors import LossplugError
 
@@ -90,6 +91,34 @@ def test_hints_without_a_regressor(maps):
         loss(*maps)
     with pytest.raises(LossplugError, match="no regressor fits"):
         regressor(torch.Size([2, 3, 5, 5]), torch.Size([2, 3, 9, 9]))
+
+
+def test_knowledge_review():
+    torch.manual_seed(0)
+    student = [torch.randn(4, c, n, n).requires_grad_() for c, n in ((3, 8), (6, 4))]
+    teacher = [torch.randn(4, c, n, n).requires_grad_() for c, n in ((5, 8), (10, 2))]
+    loss = create("reviewkd")
+    with pytest.raises(LossplugError, match="2 features for 0 fusion modules"):
+        loss(student, teacher)
+    loss.build(student, teacher)
+    loss(student, teacher).backward()
+    assert all(f.grad is not None for f in student)
+    assert all(f.grad is None for f in teacher)
+    assert all(p.grad is not None for p in loss.parameters())
+    assert loss(student, teacher).dtype == torch.float32
+    # the shallow stage also learns what the deep one has to say
+    deep = torch.autograd.grad(
+        loss.pair(loss.fusions[1](student[0], loss.fusions[0](student[1], None)[1])[0], teacher[0], 0), student[1]
+    )
+    assert deep[0].abs().sum() > 0
+
+
+def test_the_hierarchical_distance():
+    a, b = torch.randn(2, 3, 3, 3, dtype=torch.float64), torch.randn(2, 3, 3, 3, dtype=torch.float64)
+    assert hierarchical_distance(a, a) == 0
+    small = [nn.functional.adaptive_avg_pool2d(a - b, side).square().mean() for side in (2, 1)]
+    want = ((a - b).square().mean() + small[0] / 2 + small[1] / 4) / 1.75  # a side of 4 is not below 3
+    torch.testing.assert_close(hierarchical_distance(a, b), want)
 
 
 def test_hidden_cosine():

@@ -36,7 +36,20 @@ LOGITS = {
     "uld": [{}],
 }
 NOT_SHIFT_INVARIANT = {("kd", "mse"), ("dhkd", None)}
-OTHERS = {"bdkd", "dml", "kdcl", "switokd", "one", "fitnet", "at", "rkd", "hidden_cosine", "topk_logits", "dino"}
+OTHERS = {
+    "bdkd",
+    "dml",
+    "kdcl",
+    "switokd",
+    "one",
+    "fitnet",
+    "at",
+    "rkd",
+    "hidden_cosine",
+    "topk_logits",
+    "dino",
+    "reviewkd",
+}
 CASES = [(name, p) for name, sets in LOGITS.items() for p in sets]
 EACH = pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
 ROWS = [(n, p) for n, p in CASES if n not in ("dist", "mlkd", "uld")]
