@@ -205,7 +205,7 @@ class ChannelShrunkLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self.key_codes.clear()
         self.value_codes.clear()
