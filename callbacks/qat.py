@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
@@ -45,6 +46,8 @@ class ScaleCallback(TechniqueCallback[QATTechniqueT]):
         super().on_fit_start(trainer, pl_module)
         held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         for name, scale in self.technique.named_scales().items():
+            if isinstance(scale, DTensor):
+                raise LossplugError("the scale is sharded", where=name, remedy="Use DDP or one device for QAT")
             if id(scale) not in held:
                 raise LossplugError(
                     "no optimizer holds the scale, so it would never learn",
@@ -61,8 +64,10 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
     """Trains the selected layers with quantised weights and inputs; scales are learned with them.
 
     Works with sparsity in one run, in any order of the list: the mask comes before the quantiser. After the fit
-    ``technique.fold(module)`` gives plain layers with quantised weights (and float inputs), and
-    :func:`lightning_lossplug.quantization.integer_model` an int8 model that quantises inputs too.
+    ``technique.fold(module)`` gives plain layers with quantised weights (and float inputs),
+    :func:`lightning_lossplug.quantization.integer_model` an int8 model that quantises inputs too, and
+    :func:`lightning_lossplug.integrations.packed.save_packed` a file of packed codes. Sharded parameters (FSDP) are
+    refused.
 
     Args:
         bits_w: Bits of the weights: 1, 1.58 or 2 to 8; null leaves them as they are.

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lightning_lossplug.callbacks import QAT
+from lightning_lossplug.integrations.artifact import export_artifact
 from lightning_lossplug.quantization import integer_model
 from lightning_lossplug.surgery import plugged_layers, transform_of
 
@@ -69,11 +70,15 @@ def test_transformers_loads_the_folded_weights(config, layer, shape, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
-def test_timm_models_train_and_become_integers(name):
+def test_timm_models_train_and_become_integers(name, tmp_path):
     options = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2} if name.startswith("vit") else {}
     model = timm.create_model(name, num_classes=10, **options)
     batch = torch.randn(4, 3, 32, 32)
     module = train(model, batch, bits_w=8, bits_a=8)
+    export_artifact(module, tmp_path / "folded")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'folded'}", pretrained=True)
+    for path, layer in plugged_layers(module.model):
+        assert torch.equal(plain.get_submodule(path).weight, layer.weight)
     made, left = integer_model(module)
     assert not left
     with torch.no_grad():
