@@ -10,6 +10,7 @@ import calibration
 import common
 import label_noise
 import long_tail
+import nm_recipes
 import number_text
 import probability
 import pytest
@@ -192,3 +193,13 @@ def test_processes(root, output):
     command = [sys.executable, str(script), "--root", root, "--output", str(output), *TINY, *few]
     subprocess.run(command, check=True, timeout=300)
     assert len(records(output)) == 2
+
+
+def test_recipes_end_with_their_zeros(root, output):
+    own = ["--patterns", "1:8", "--recipes", "SR-STE", "MdGf-Exponential", "--depth", "1", "--limit", "400"]
+    nm_recipes.main(["--root", root, "--output", str(output), *own, *TINY, "--width", "32"])
+    results = {r["run"]["recipe"]: r["result"] for r in records(output)}
+    assert set(results) == {None, "nm_srste", "mdgf_exponential"}
+    assert results["nm_srste"]["zeros"] == pytest.approx(0.875)
+    assert results["mdgf_exponential"]["zeros"] == pytest.approx(0.875)
+    assert "1:8, last epoch" in output.with_suffix(".md").read_text()
