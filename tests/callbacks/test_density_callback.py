@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Plain, data, make_trainer
+from callback_runs import Plain, data, make_trainer
 from torch import nn
 
 from lightning_lossplug import LossplugError

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import Plain, data, make_trainer
+from callback_runs import Plain, data, make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_lossplug import LossplugError

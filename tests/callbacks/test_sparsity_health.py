@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import Plain, data, make_trainer
+from callback_runs import Plain, data, make_trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lossplug import LossplugError

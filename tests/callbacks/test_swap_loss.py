@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Plain, data, make_trainer
+from callback_runs import Plain, data, make_trainer
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig

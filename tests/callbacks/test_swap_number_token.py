@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_trainer
+from callback_runs import make_trainer
 
 from lightning_lossplug import LossplugError
 from lightning_lossplug.callbacks import SwapLoss
