@@ -129,3 +129,19 @@ def test_installed_engines_equal_the_own_head():
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [name for name in PACKAGES if engines.installed(name)]
+
+
+@ENGINES
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_engines_on_a_gpu(engine):
+    if not engines.installed(engine):
+        pytest.skip(f"{PACKAGES[engine]} is not installed")
+    torch.manual_seed(0)
+    h, w = torch.randn(64, 128, device="cuda"), torch.randn(1000, 128, device="cuda") / 10
+    h, w = (t.bfloat16().requires_grad_() for t in (h, w))
+    y = torch.randint(1000, (64,), device="cuda").index_fill(0, torch.tensor([3], device="cuda"), -100)
+    found = [fused_linear(h, w, y, backend=b, softcap=20.0, denominator=50.0) for b in ("rows", engine)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    for own, theirs in zip(*(torch.autograd.grad(value, (h, w)) for value in found), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=3e-2, atol=1e-3)
+    assert head_loss(h, w, y).engine in ("rows", engine, *PACKAGES)
