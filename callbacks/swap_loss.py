@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses import FusableLoss, Loss, create
 from lightning_lossplug.losses.fused import FusedHead, attach
+from lightning_lossplug.losses.fused.engines import describe
+from lightning_lossplug.losses.fused.linear import Backend, check_backend
 from lightning_lossplug.losses.number_values import attach_values, tokenizer_of
 from lightning_lossplug.losses.swap import LossSwap
 from lightning_lossplug.losses.token_values import TokenValueLoss
@@ -41,7 +43,9 @@ class SwapLoss(Callback):
         sample_index: Key or position of the sample ids in the batch, for losses that keep a value per sample.
         fused: For Hugging Face models with a language-modelling head: compute the loss from the hidden states, in
             chunks, so that the logits of a training step are never held. They are computed where something else reads
-            them; evaluation and ``generate`` are untouched. The loss has to be fusable (``lossplug show NAME``).
+            them; evaluation and ``generate`` are untouched. The loss has to be fusable (``lossplug show NAME``). A name
+            instead of True is the ``backend`` of ``fused_linear``: ``rows``, ``tiles``, ``liger`` or ``cce``. Which one
+            computes is said at the first step.
 
     Raises:
         LossplugError: Unknown loss or parameter; nothing to swap (at the first step, naming what was looked for).
@@ -55,7 +59,7 @@ class SwapLoss(Callback):
         weight: float | AnySchedule | dict[float, float] = 1.0,
         where: str = "auto",
         sample_index: int | str | None = None,
-        fused: bool = False,
+        fused: bool | Backend = False,
         call: int | None = None,
     ) -> None:
         if isinstance(loss, str):
@@ -71,12 +75,14 @@ class SwapLoss(Callback):
             signature = entry.signature if entry else "logits_index"
         self.weight = Step(weight) if isinstance(weight, dict) else as_schedule(weight)
         self.sample_index, self.fused = sample_index, fused
+        if isinstance(fused, str):
+            check_backend(fused, None)
         self.head: FusedHead | None = None
         if fused and not (
             isinstance(self.loss, FusableLoss) and where == "auto" and sample_index is None and call is None
         ):
             raise LossplugError(
-                f"fused=True doesn't go with the loss {self.loss_name!r}, where={where!r}, index={sample_index!r}",
+                f"fused={fused!r} doesn't go with the loss {self.loss_name!r}, where={where!r}, index={sample_index!r}",
                 where="SwapLoss",
                 remedy="It takes a fusable loss, where='auto' and no sample_index",
             )
@@ -112,7 +118,8 @@ class SwapLoss(Callback):
                     remedy="Give one of them mode='add', or each its own call= or where=",
                 )
         if self.fused:
-            self.head = attach(pl_module, self.loss, combine=self._combine)
+            backend: Backend = "auto" if self.fused is True else self.fused  # type: ignore[assignment]
+            self.head = attach(pl_module, self.loss, combine=self._combine, backend=backend)
             sites = f"the fused head {', '.join(self.head.paths)}"
         else:
             self.swap.attach(pl_module)
@@ -149,6 +156,8 @@ class SwapLoss(Callback):
             if not self._checked:
                 site.require_calls()
                 self._checked = True
+                if self.head is not None:
+                    rank_zero_info(f"SwapLoss: the head's loss is computed by {describe(self.head.engine)}")
                 if site.dropped_smoothing:
                     rank_zero_info(
                         f"SwapLoss: the replaced call's label_smoothing={site.dropped_smoothing} went with it; "

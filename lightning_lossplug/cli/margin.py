@@ -17,10 +17,14 @@ from lightning_lossplug.registry import Entry, registry
 CLASSES = 10
 SPARKS = "▁▂▃▄▅▆▇█"
 
+OTHERS = f"minus the other {CLASSES - 1}, all equal"
 # signature: what the horizontal axis is, and what stays fixed
 AXES = {
-    "logits_index": f"margin: target logit minus the other {CLASSES - 1}, all equal",
-    "logits_soft": f"margin: target logit minus the other {CLASSES - 1}, all equal (one-hot target)",
+    "logits_index": f"margin: target logit {OTHERS}",
+    "logits_soft": f"margin: target logit {OTHERS} (one-hot target)",
+    "logits_pair": f"margin: student's logit {OTHERS}, where the teacher's margin is 4",
+    "scores_sets": f"margin: score of the positive {OTHERS}",
+    "margin_bounds": f"margin: target logit {OTHERS}, in the worst case and under attack",
     "binary_logits": "logit of a positive target",
     "regression": "error: prediction minus target",
 }
@@ -71,7 +75,7 @@ def curve(entry: Entry, parameters: dict[str, Any], *, points: int = 241, reach:
     x = torch.linspace(-reach, reach, points, dtype=torch.float64, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about training, which this is not
-        rows = _call(registry.create("loss", entry.name, **given).double().eval(), str(entry.signature), x)
+        rows = _call(registry.create("loss", entry.name, **given).double().eval(), entry, x)
     if rows.shape[:1] != x.shape:
         raise LossplugError(f"loss {entry.name!r} gives one value for a whole batch, so it has no curve of its own")
     rows = rows.reshape(points, -1).sum(1)
@@ -79,15 +83,24 @@ def curve(entry: Entry, parameters: dict[str, Any], *, points: int = 241, reach:
     return Curve(AXES[str(entry.signature)], x.detach(), rows.detach(), gradient)
 
 
-def _call(loss: Any, signature: str, x: Tensor) -> Tensor:
-    if signature in ("logits_index", "logits_soft"):
-        logits = torch.cat([x[:, None], x.new_zeros(len(x), CLASSES - 1)], dim=1)
-        index = torch.zeros(len(x), dtype=torch.long)
-        target = index if signature == "logits_index" else torch.nn.functional.one_hot(index, CLASSES).to(x)
-        return loss(logits, target)
-    if signature == "binary_logits":
-        return loss(x, torch.ones_like(x))
-    return loss(x, torch.zeros_like(x))
+def _call(loss: Any, entry: Entry, x: Tensor) -> Tensor:
+    classes = entry.facts.get("classes", CLASSES)
+    logits = torch.cat([x[:, None], x.new_zeros(len(x), classes - 1)], dim=1)
+    first = torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), classes)
+    if entry.signature == "logits_index":
+        # Rows weighed by their features: all alike here.
+        more = {"features": torch.zeros_like(logits)} if "features" in entry.facts.get("needs", ()) else {}
+        return loss(logits, first.argmax(1), **more)
+    if entry.signature == "logits_soft":
+        return loss(logits, first.to(x))
+    if entry.signature == "logits_pair":
+        return loss(logits, 4 * first.to(x))
+    if entry.signature == "scores_sets":
+        return loss(logits, first.bool())
+    if entry.signature == "margin_bounds":
+        margins = x[:, None].expand(-1, classes - 1)
+        return loss(margins, margins)
+    return loss(x, torch.ones_like(x) if entry.signature == "binary_logits" else torch.zeros_like(x))
 
 
 def sparkline(values: Tensor, width: int = 48) -> str:

@@ -64,14 +64,22 @@ from lightning_lossplug.losses.symmetric_ce import SymmetricCE
 from lightning_lossplug.losses.symmetric_consistency import SymmetricConsistency
 from lightning_lossplug.losses.tcm import TCM
 from lightning_lossplug.losses.tiled_contrastive import TiledContrastive
+from lightning_lossplug.losses.torch import TorchLoss
 from lightning_lossplug.losses.w_mse import WMSE
 from lightning_lossplug.losses.z_loss import ZLoss
 from lightning_lossplug.registry import registry
 
+# Adapters register themselves where their package is installed.
+if find_spec("cut_cross_entropy") is not None:
+    import lightning_lossplug.losses.cut_cross_entropy
+if find_spec("liger_kernel") is not None:
+    import lightning_lossplug.losses.liger
 if find_spec("pytorch_metric_learning") is not None:
     import lightning_lossplug.losses.pml
 if find_spec("timm") is not None:
-    import lightning_lossplug.losses.timm  # noqa: F401  registers itself
+    import lightning_lossplug.losses.timm
+if find_spec("torchvision") is not None:
+    import lightning_lossplug.losses.torchvision  # noqa: F401
 
 __all__ = [
     "ALDRKL",
@@ -150,6 +158,7 @@ __all__ = [
     "SymmetricConsistency",
     "TaylorSoftmax",
     "TiledContrastive",
+    "TorchLoss",
     "ZLoss",
     "create",
     "fused_linear",

@@ -28,6 +28,8 @@ class AlignUniform(EmbeddingLoss):
     :math:`U(x) = \log \mathrm{mean}_{i<j}\, e^{-t |x_i - x_j|^2}`. For :math:`\alpha < 2` the squared distance carries
     1e-12, so that equal views have a gradient. One sample has no pairs: its uniformity is 0.
 
+    When: self-supervised pre-training, or to measure what another contrastive loss reaches.
+
     Shapes: a, b [B, D]. Always a scalar.
 
     Args:

@@ -25,6 +25,8 @@ class BarlowTwins(EmbeddingLoss):
     Both views are standardised per dimension over the batch (biased variance, eps 1e-5), :math:`C = Z_a^T Z_b / B`,
     :math:`l = \sum_i (C_{ii} - 1)^2 + \lambda \sum_{i \ne j} C_{ij}^2`.
 
+    When: self-supervised pre-training with wide projections and batches of a few hundred.
+
     Shapes: a, b [B, D], not L2-normalised. Always a scalar.
 
     Args:

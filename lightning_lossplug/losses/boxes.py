@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_lossplug.losses.checks import (
 from lightning_lossplug.registry import register
 
 
-class BoxLoss(Loss, ABC):
+class BoxLoss(Loss):
     """A loss of boxes [..., 4] as (x1, y1, x2, y2), one row per box.
 
     ``reduction`` is ``none`` by default, as in torchvision. A side that is not positive (torchvision: NaN) counts as a
@@ -31,13 +31,16 @@ class BoxLoss(Loss, ABC):
         reduction: ``none``, ``mean`` or ``sum``.
     """
 
+    name: ClassVar[str]  # of the function in torchvision.ops
+
     def __init__(self, eps: float = 1e-7, reduction: str = "none") -> None:
         super().__init__(reduction)
         self.eps = check_number(type(self).__name__, "eps", eps, above=0)
+        self.function = getattr(require("torchvision.ops", "vision", type(self).__name__), self.name)
 
-    @abstractmethod
     def rows(self, boxes: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of every box."""
+        """Returns the loss of every box, by torchvision."""
+        return self.function(boxes, target, reduction="none", eps=self.eps)
 
     def forward(
         self,
@@ -106,10 +109,7 @@ class DIoU(BoxLoss):
         reduction: ``none`` (default), ``mean`` or ``sum``.
     """
 
-    def rows(self, boxes: Tensor, target: Tensor) -> Tensor:
-        """By torchvision."""
-        ops = require("torchvision.ops", "vision", "diou")
-        return ops.distance_box_iou_loss(boxes, target, reduction="none", eps=self.eps)
+    name = "distance_box_iou_loss"
 
 
 @register(
@@ -133,7 +133,4 @@ class CIoU(BoxLoss):
         reduction: ``none`` (default), ``mean`` or ``sum``.
     """
 
-    def rows(self, boxes: Tensor, target: Tensor) -> Tensor:
-        """By torchvision."""
-        ops = require("torchvision.ops", "vision", "ciou")
-        return ops.complete_box_iou_loss(boxes, target, reduction="none", eps=self.eps)
+    name = "complete_box_iou_loss"

@@ -53,14 +53,16 @@ def kde_targets(predictions: Tensor, labels: Tensor, sigma: float, window: int, 
     arxiv="2111.10734",
     signature="logits_index",
     soft=True,
+    classes=2,
     needs=("index", "dataset_size"),
     stateful=True,
 )
 class CaPE(ClassificationLoss):
     r"""Calibrated probability estimation for two classes (arXiv 2111.10734).
 
-    Cross-entropy whose targets are, in every (k+1)-th epoch, not the labels but the share of positives among training
-    samples with similar predictions. After early stopping of an ordinary training, in each epoch::
+    Cross-entropy :math:`-t \log p - (1 - t) \log(1 - p)` whose targets t are, in every (k+1)-th epoch, not the labels
+    but the share of positives among training samples with similar predictions. After early stopping of an ordinary
+    training, in each epoch::
 
         if loss.probability_epoch:
             loss.update(p, y)  # predictions of class 1 and labels of the whole training set, in dataset order

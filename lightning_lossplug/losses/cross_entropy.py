@@ -30,6 +30,8 @@ class CrossEntropy(FusableLoss):
     uniform distribution first. ``mean`` over index targets divides by the summed weights of the kept labels. The one
     difference: without a kept row the result is 0 with zero gradients, not NaN.
 
+    When: the loss to beat; with smoothing of 0.05 to 0.2 where a large model is over-confident.
+
     Args:
         label_smoothing: :math:`\epsilon` in [0, 1].
         weight: Class weights [C].

@@ -30,6 +30,8 @@ def one_minus_power(rest: Tensor, gamma: float) -> Tensor:
 class Focal(FusableLoss):
     r"""Softmax focal loss :math:`l = w_y (1-p_y)^\gamma (-\log p_y)` (arXiv 1708.02002).
 
+    When: many easy rows drown the hard ones; it also lowers the confidence of a network that overfits.
+
     Args:
         gamma: Focusing exponent >= 0; 0 is cross-entropy.
         detach_modulator: Take :math:`(1-p_y)^\gamma` as a constant in backward, as several public implementations do;

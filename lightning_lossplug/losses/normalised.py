@@ -33,8 +33,8 @@ def all_nll(z: Tensor) -> Tensor:
 class NCE(FusableLoss):
     r"""Normalised cross-entropy :math:`l = n / S`, :math:`S = \sum_k -\log p_k` (arXiv 2006.13554).
 
-    In [0, 1]; robust to symmetric label noise, but alone it underfits, as S is at least ``C log C``: combine it with a
-    passive loss in ``active_passive``.
+    When: wrong labels. In [0, 1]; robust to symmetric label noise, but alone it underfits, as S is at least
+    ``C log C``: combine it with a passive loss in ``active_passive``.
 
     Args:
         weight: Class weights [C].

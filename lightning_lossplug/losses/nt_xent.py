@@ -23,7 +23,7 @@ from lightning_lossplug.registry import register
 class NTXent(EmbeddingLoss):
     r"""Cross-entropy that picks the other view of a sample among all views of the batch (arXiv 2002.05709).
 
-    Self-supervised pre-training on two views. With :math:`S = 1/T` and margin :math:`m` (0 is NT-Xent itself):
+    When: self-supervised pre-training on two views. With :math:`S = 1/T` and margin :math:`m` (0 is NT-Xent itself):
     :math:`l_i = -\log \frac{e^{S(s_{ip} - m)}}{e^{S(s_{ip} - m)} + \sum_{a \ne i,p} e^{S s_{ia}}}`.
 
     Shapes: a, b [B, D], two views of the same samples; ``none`` gives the rows of a, then those of b, [2B].
@@ -98,9 +98,10 @@ class NTXent(EmbeddingLoss):
     gather=True,
 )
 class NTXentAM(NTXent):
-    """NT-Xent whose positive pair is made harder by a margin (arXiv 2404.14913), for speaker and face verification.
+    r"""NT-Xent whose positive pair is made harder by a margin (arXiv 2404.14913).
 
-    As :class:`NTXent`, with ``margin`` 0.1 by default.
+    :math:`l_i = -\log \frac{e^{S(s_{ip} - m)}}{e^{S(s_{ip} - m)} + \sum_{a \ne i,p} e^{S s_{ia}}}`. When: speaker and
+    face verification. As :class:`NTXent`, with ``margin`` 0.1 by default.
     """
 
     def __init__(

@@ -25,7 +25,8 @@ from lightning_lossplug.registry import register
 class PytorchMetricLearning(Loss):
     """Adapter to a loss class of the package pytorch-metric-learning, in the calling order of this library.
 
-    Embeddings are upcast from half precision and autocast is off inside; reduction, distance and regularisers are the
+    When: a metric loss or a miner's pairs that have no card here. Embeddings are upcast from half precision and
+    autocast is off inside; reduction, distance and regularisers are the
     package's own. A loss that owns weights (``ArcFaceLoss`` ...) has to reach the optimizer.
 
     Shapes: x [B, D], y [B].

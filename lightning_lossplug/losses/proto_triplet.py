@@ -28,6 +28,8 @@ class ProtoTriplet(EpisodeLoss):
     :math:`l_q = [d(q, c_y) - \min_{k \ne y} d(q, c_k) + m]_+`, mean over the queries whose class and at least one
     other class are in the support.
 
+    When: few-shot episodes, beside cross-entropy over the prototypes.
+
     Shapes: queries x [Q, D], y [Q]; support ref_x [S, D], ref_y [S] (also prototypes, one row per class). Without a
     support the batch is its own.
 

@@ -22,7 +22,7 @@ from lightning_lossplug.registry import register
 class TCM(PairLoss):
     r"""Threshold-consistent margin (arXiv 2307.04047), to be added to a base metric loss.
 
-    Makes one similarity threshold fit all classes. Each hinge is averaged over its violators only:
+    When: one similarity threshold has to fit all classes. Each hinge is averaged over its violators only:
     :math:`\lambda_p\, \mathrm{mean}_{s_p \le m_p}(m_p - s_p) + \lambda_n\, \mathrm{mean}_{s_n \ge m_n}(s_n - m_n)`;
     a term without violators is 0. The value therefore jumps when a pair crosses its margin.
 

@@ -18,11 +18,12 @@ from lightning_lossplug.registry import register
     no_weight_decay=("logit_scale",),
 )
 class TiledContrastive(InfoNCE):
-    """InfoNCE whose similarity matrix exists one tile at a time (arXiv 2410.17243), for very large batches.
+    r"""InfoNCE whose similarity matrix exists one tile at a time (arXiv 2410.17243), for very large batches.
 
-    The value and gradients are those of :class:`InfoNCE`. Forward keeps the log-sum-exp of every row and column while
-    it passes over the tiles, backward recomputes each tile: memory is O(B D) plus one tile instead of O(B^2), for one
-    more matrix product. With ``gather`` a rank holds the other modality of all ranks, O(N D), but only tiles of its
+    :math:`l = \frac1B \sum_i (\log \sum_j e^{x_{ij}} - x_{ii})`, :math:`x = t\,a b^T`, and its mean with the other
+    direction: value and gradients are those of :class:`InfoNCE`. Forward keeps the log-sum-exp of every row and column
+    while it passes over the tiles, backward recomputes each tile: memory is O(B D) plus one tile instead of O(B^2), for
+    one more matrix product. With ``gather`` a rank holds the other modality of all ranks, O(N D), but only tiles of its
     rows.
 
     Args:

@@ -25,7 +25,8 @@ from lightning_lossplug.registry import register
 class TimmLoss(Loss):
     """Adapter to a loss class of timm (``timm.loss``): a mean over the batch.
 
-    Logits are upcast from half precision and autocast is off inside; the rest is timm's own. Shapes: logits [N, C],
+    When: a loss that has no card here, as those for many labels per image. Logits are upcast from half precision and
+    autocast is off inside; the rest is timm's own. Shapes: logits [N, C],
     target [N] (class indices) or [N, C] (soft or multi-label), as the class takes them.
 
     Args:

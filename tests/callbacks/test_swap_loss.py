@@ -159,6 +159,30 @@ def test_fused_head_gives_the_same_loss_and_weights(options):
     assert fused.model(ids[:1]).logits.shape == (1, 12, 32)
 
 
+def test_fused_says_what_computes_and_takes_a_back_end(caplog):
+    class LM(Plain):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_llama()
+
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    ids = torch.randint(0, 32, (4, 12))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), 4)
+    losses = {}
+    for fused, said in ((True, "rows (own chunks of rows)"), ("tiles", "tiles (own vocabulary tiles)")):
+        torch.manual_seed(0)
+        with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+            losses[fused] = first_loss(LM(), loader, SwapLoss("focal", fused=fused))
+        assert f"the head's loss is computed by {said}" in caplog.text
+    assert torch.allclose(losses[True], losses["tiles"])
+    with pytest.raises(LossplugError, match="backend is 'fast'"):
+        SwapLoss("focal", fused="fast")
+    with pytest.raises(LossplugError, match=r"'liger' (needs the package|runs on CUDA only)"):
+        first_loss(LM(), loader, SwapLoss("cross_entropy", fused="liger"))
+
+
 def test_fused_needs_a_language_model_and_a_fusable_loss():
     with pytest.raises(LossplugError, match="fused=True doesn't go with the loss 'nfl'"):
         SwapLoss("nfl", fused=True)

@@ -1,12 +1,14 @@
 """``lossplug list`` and ``lossplug show``."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from lightning_lossplug.cli import margin
-from lightning_lossplug.cli.catalog import entries, readable, split_docstring
+from lightning_lossplug.cli.catalog import docstring, entries, readable, split_docstring
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.recipes import config_names
 from lightning_lossplug.registry import registry
 
@@ -109,6 +111,42 @@ def test_curve_is_the_loss_and_its_derivative():
     expected = torch.log1p((margin.CLASSES - 1) * torch.exp(-found.x))
     torch.testing.assert_close(found.loss, expected)
     torch.testing.assert_close(found.gradient, torch.exp(-expected) - 1)
+
+
+LIBRARIES = ("ctc", "rnnt", "pytorch_metric_learning")  # a lattice sum, or whatever class is named
+WITHOUT_CURVE = {"exp_ibp"}  # by default the powers are of the means of the batch
+FALLING = ("logits_index", "binary_logits", "scores_sets", "margin_bounds")
+
+
+def test_every_loss_with_a_margin_has_a_curve():
+    drawn = [e for e in registry if margin.can_draw(e) and e.family != "adapter" and e.name not in WITHOUT_CURVE]
+    assert len(drawn) > 35
+    wrong = {}
+    for entry in drawn:
+        try:
+            found = margin.curve(entry, {"outside": "clamp"} if entry.name == "lmse" else {}, points=33)
+        except LossplugError as error:
+            wrong[entry.name] = str(error)
+            continue
+        finite = found.loss.isfinite().all() and found.gradient.isfinite().all()
+        # The squared error of the confidence is the exception: it grows on both sides.
+        falls = entry.signature not in FALLING or found.loss[0] >= found.loss[-1]
+        if not (finite and (falls or entry.name == "correctness_aware")):
+            wrong[entry.name] = f"{found.loss[0]} to {found.loss[-1]}"
+    assert wrong == {}
+    assert margin.curve(registry.get("loss", "exp_ibp"), {"per_sample": True}, points=9).loss.isfinite().all()
+
+
+def test_every_loss_says_its_equation_and_when_to_use_it():
+    silent = []
+    for entry in registry:
+        if entry.kind != "loss" or entry.family in ("distillation", "adapter"):
+            continue
+        text = " ".join(docstring(entry).split("Args:")[0].split())
+        equation = ":math:" in text or re.search(r"``[^`]*[=/+(*][^`]*``", text) or entry.name in LIBRARIES
+        if not (equation and re.search(r"\b[Ww]hen\b|\b[Uu]se (it|them)\b|\b[Ff]or \w+", text)):
+            silent.append(entry.name)
+    assert silent == []
 
 
 def test_sparkline_spans_the_range():

@@ -111,7 +111,7 @@ def test_return_lse():
         ({"tile": 0}, "tile is 0"),
         ({"base": "focall"}, "focal"),
         ({"reduction": "avg"}, "avg"),
-        ({"filter_eps": 0.1}, "filter_eps"),
+        ({"filter_eps": -0.1}, "filter_eps is -0.1"),
     ],
 )
 def test_bad_parameters(parameters, message):

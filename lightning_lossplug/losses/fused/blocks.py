@@ -1,8 +1,9 @@
 """Elementwise passes over a tile of logits, a few rows at a time so that the float32 scratch stays in the cache.
 
 A tile [R, T] holds raw logits ``h W^T + b`` in the dtype of the matrix product. :func:`reduce_tile` reads its
-statistics, :func:`write_gradient` turns it in place into the gradient by the raw logits, and :func:`softmax_rows` is
-the shorter way where the gradient needs the probabilities alone. None of them needs a float32 copy of the tile.
+statistics, :func:`write_gradient` turns it in place into the gradient by the raw logits, and :func:`softmax_rows` and
+:func:`linear_rows` are the shorter ways where the gradient needs the probabilities or the logits alone. None of them
+needs a float32 copy of the tile.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
+def entries(column: Tensor, columns: int) -> Tensor:
+    """Returns places of one entry per row in a flattened tile; writing there is faster than ``scatter_`` by far."""
+    return torch.arange(0, len(column) * columns, columns, device=column.device) + column.squeeze(1)
+
+
 def _load(z: Tensor, softcap: float | None, out: Tensor) -> Tensor:
     """Capped logits of a block in the statistics' dtype: in ``out``, or ``z`` itself where that is the same."""
     if softcap is None and z.dtype == out.dtype:
@@ -149,8 +155,36 @@ def softmax_rows(
         if total is not None:
             total[block] = s.sum(dim=1) if u is None else s @ u
         at_label[block] = second.gather(1, index[block]).squeeze(1)
-        z[block] = second.scatter_(1, index[block], 0)
+        second.view(-1).index_fill_(0, entries(index[block], columns), 0)
+        z[block] = second
     return lse, target, total, at_label
+
+
+def linear_rows(
+    z: Tensor, index: Tensor, u: Tensor | None, need_sum: bool, need_sumsq: bool, scratch: Scratch
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Statistics of whole rows for losses whose gradient is linear in the logits; leaves zero at the label.
+
+    Returns:
+        Target logit, sum and sum of squares (or None) of each row, [R] each. No exponential is taken.
+    """
+    target = z.gather(1, index).squeeze(1).to(statistics_dtype(z.dtype))
+    if uses_kernels(z):
+        from lightning_lossplug.losses.fused import kernels
+
+        _, total, sumsq = kernels.reduce_rows(z, u, None, need_sum, need_sumsq)
+    else:
+        total = torch.empty_like(target) if need_sum else None
+        sumsq = torch.empty_like(target) if need_sumsq else None
+        for i in range(0, len(z), scratch.rows):
+            block = slice(i, min(i + scratch.rows, len(z)))
+            s = _load(z[block], None, scratch.of(block.stop - i, z.shape[1])[0])
+            if total is not None:
+                total[block] = s.sum(dim=1) if u is None else s @ u
+            if sumsq is not None:
+                sumsq[block] = torch.linalg.vector_norm(s, dim=1).square_()
+    z.view(-1).index_fill_(0, entries(index, z.shape[1]), 0)
+    return target, total, sumsq
 
 
 def write_gradient(
@@ -207,11 +241,11 @@ def write_gradient(
         index = tile.column[block]
         here = second.gather(1, index)
         if tile.inside is None:
-            second.scatter_(1, index, 0)
+            second.view(-1).index_fill_(0, entries(index, columns), 0)
             at_label[block] = here.squeeze(1)
         else:
             inside = tile.inside[block, None]
-            second.scatter_(1, index, torch.where(inside, 0, here))
+            second.view(-1).index_copy_(0, entries(index, columns), torch.where(inside, 0, here).squeeze(1))
             at_label[block] = torch.where(inside, here, 0).squeeze(1)
         if columns_sum is not None:
             columns_sum.add_(second.sum(dim=0))

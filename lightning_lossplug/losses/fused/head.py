@@ -23,7 +23,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.base import FusableLoss, Loss
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.fused.lazy import LazyLogits, lazy_logits
-from lightning_lossplug.losses.fused.linear import fusable
+from lightning_lossplug.losses.fused.linear import Backend, check_backend, fusable
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method, wrapped_methods
 
 WHERE = "fused head"
@@ -76,10 +76,19 @@ class FusedHead:
         computed: For which operations logits were computed in spite of the fused head, and how often.
         dropped_smoothing: Label smoothing of a replaced call, which goes with it.
         last: Detached value of the last loss.
+        engine: Back end that computed it, as ``fused_linear`` names them; empty before the first.
     """
 
-    def __init__(self, model: nn.Module, loss: str | Loss | None, combine: Callable[[Compute], Tensor] | None) -> None:
-        self.loss = None if loss is None else fusable(loss)
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Loss | None,
+        combine: Callable[[Compute], Tensor] | None,
+        backend: Backend = "auto",
+    ) -> None:
+        check_backend(backend, None)
+        self.loss, self.backend = None if loss is None else fusable(loss), backend
+        self.engine = ""
         self.combine = combine
         self.calls = 0
         self.computed: Counter[str] = Counter()
@@ -177,12 +186,19 @@ class FusedHead:
         weight = weight if loss.weight is None else loss.weight
         ignore_index = ignore_index if ignore_index != -100 else loss.ignore_index
         if isinstance(logits, LazyLogits):
-            return logits.loss(loss, target, class_weight=weight, ignore_index=ignore_index, reduction=reduction)
+            options = {"class_weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+            value = logits.loss(loss, target, backend=self.backend, **options)
+            self.engine = logits._lazy.call.engine
+            return value
         return loss(logits, target, weight=weight, ignore_index=ignore_index, reduction=reduction)
 
 
 def attach(
-    model: nn.Module, loss: str | Loss | None = None, *, combine: Callable[[Compute], Tensor] | None = None
+    model: nn.Module,
+    loss: str | Loss | None = None,
+    *,
+    combine: Callable[[Compute], Tensor] | None = None,
+    backend: Backend = "auto",
 ) -> FusedHead:
     """Puts the chunked head into a Hugging Face model (or a module that holds one).
 
@@ -191,6 +207,7 @@ def attach(
         loss: Fusable loss (name or object) in the place of the cross-entropies of the logits; None: as they are called.
         combine: Makes the value from several losses of the same logits: called with a function that computes a fusable
             loss (None: the one that was called for), e.g. ``lambda of: 0.5 * of(focal) + 0.5 * of(None)``.
+        backend: As for ``fused_linear``.
 
     Returns:
         The handle: ``arm()``, ``disarm()``, ``armed()`` as a context, ``remove()``, ``require_calls()``.
@@ -198,4 +215,4 @@ def attach(
     Raises:
         LossplugError: No output embedding, one that is more than a linear layer, or a loss that needs the logits.
     """
-    return FusedHead(model, loss, combine)
+    return FusedHead(model, loss, combine, backend)

@@ -21,7 +21,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.base import Loss
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
 from lightning_lossplug.losses.fused.lazy_rules import METADATA, RULES, WRITES, Form
-from lightning_lossplug.losses.fused.linear import fused_linear
+from lightning_lossplug.losses.fused.linear import head_loss
 
 WHERE = "fused head"
 
@@ -36,6 +36,7 @@ class HeadCall:
         bias: [V] or None.
         cross_entropy: Computes ``F.cross_entropy`` of a stand-in from the call's arguments by name.
         on_compute: Told the name of the operation for which logits had to be computed.
+        engine: Back end of the last loss, or empty.
     """
 
     hidden: Tensor
@@ -45,6 +46,7 @@ class HeadCall:
     on_compute: Callable[[str], None]
     autocast: tuple[bool, torch.dtype] = (False, torch.float32)
     versions: tuple[int, ...] = ()
+    engine: str = ""
 
     def __post_init__(self) -> None:
         kind = self.hidden.device.type
@@ -142,7 +144,7 @@ class LazyLogits(torch.Tensor):
         Args:
             loss: As for :func:`~lightning_lossplug.losses.fused.fused_linear`.
             target: Class indices.
-            options: Of ``fused_linear``.
+            options: Of ``fused_linear``, without ``return_lse``.
         """
         state = self._lazy
         form = state.form
@@ -156,9 +158,9 @@ class LazyLogits(torch.Tensor):
         if scale != 1:
             hidden, bias = hidden * scale, None if bias is None else bias * scale
         with state.call.precision():
-            value = fused_linear(hidden, form.weight, target, loss, bias=bias, softcap=form.outer, **options)
-        assert isinstance(value, Tensor)  # return_lse is not among the options
-        return value.to(torch.promote_types(self.dtype, torch.float32))
+            found = head_loss(hidden, form.weight, target, loss, bias=bias, softcap=form.outer, **options)
+        state.call.engine = found.engine
+        return found.value.to(torch.promote_types(self.dtype, torch.float32))
 
 
 class _Stand(torch.autograd.Function):

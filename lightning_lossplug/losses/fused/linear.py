@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.base import FusableLoss, Loss, check_labels
+from lightning_lossplug.losses.fused.engines import PACKAGES, Ask, choose, require_engine, total
 from lightning_lossplug.losses.fused.objective import Objective
 from lightning_lossplug.losses.fused.precision import product_dtype, statistics_dtype
-from lightning_lossplug.losses.fused.rows import rows_total
 from lightning_lossplug.losses.fused.tiles import linear_stats
 from lightning_lossplug.losses.reduction import check_reduction
 from lightning_lossplug.registry import registry
 
-Backend = Literal["auto", "rows", "tiles"]
+Backend = Literal["auto", "rows", "tiles", "liger", "cce"]
 WHERE = "fused_linear"
+
+
+class HeadLoss(NamedTuple):
+    """Loss of a head, log-partitions where asked for, and which back end computed them."""
+
+    value: Tensor
+    lse: Tensor | None
+    engine: str
 
 
 def fusable(loss: str | Loss) -> FusableLoss:
@@ -36,7 +44,6 @@ def fusable(loss: str | Loss) -> FusableLoss:
     return built
 
 
-@torch.compiler.disable
 def fused_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -52,6 +59,7 @@ def fused_linear(
     class_weight: Tensor | None = None,
     backend: Backend = "auto",
     tile: int | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Computes ``loss(softcap(hidden @ weight.T + bias), target)`` without holding the logits.
@@ -62,7 +70,9 @@ def fused_linear(
 
     Back ends: ``rows`` forms the gradients in the forward pass, one chunk of rows at a time (three matrix products);
     ``tiles`` walks over the vocabulary and recomputes in backward (four products, the least memory, any upstream
-    gradient). ``auto`` takes ``rows`` where a scalar is differentiated, else ``tiles``.
+    gradient). ``liger`` and ``cce`` are the kernels of the packages liger-kernel and cut-cross-entropy: cross-entropy
+    only, a scalar, on CUDA. ``auto`` takes ``tiles`` unless a scalar is differentiated; then ``rows``, or on CUDA the
+    fastest of ``rows`` and the installed packages, tried once per size (not under deterministic algorithms).
 
     Args:
         hidden: Input of the classifier, [..., D].
@@ -76,8 +86,10 @@ def fused_linear(
         sample_weight: Factor of each row's loss, shape of ``target``.
         denominator: What ``mean`` divides by instead of the summed weights of the kept rows.
         class_weight: Overrides the loss's class weights, [V].
-        backend: ``auto``, ``rows`` or ``tiles``.
+        backend: ``auto``, ``rows``, ``tiles``, ``liger`` or ``cce``.
         tile: Rows of a chunk (``rows``) or columns of a tile (``tiles``); None: chosen by the sizes.
+        filter_eps: Entries of the logits' gradient below it may be dropped, ``auto``: by the dtype; a saving of
+            ``cce`` alone, at the cost of rare tokens' gradients. None or 0: exact gradients.
         return_lse: Also return the log-partition of each row, shape of ``target``, 0 where ignored.
 
     Returns:
@@ -85,16 +97,55 @@ def fused_linear(
 
     Raises:
         LabelError: A label outside [0, V) (checked on CPU).
-        LossplugError: Shapes, dtypes or a loss that don't fit; ``rows`` asked for where it can't serve.
+        LossplugError: Shapes, dtypes or a loss that don't fit; a back end asked for that can't serve, and why.
     """
+    found = head_loss(
+        hidden,
+        weight,
+        target,
+        loss,
+        bias=bias,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        denominator=denominator,
+        class_weight=class_weight,
+        backend=backend,
+        tile=tile,
+        filter_eps=filter_eps,
+        return_lse=return_lse,
+    )
+    return found.value if found.lse is None else (found.value, found.lse)
+
+
+@torch.compiler.disable
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    loss: str | Loss = "cross_entropy",
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int | None = None,
+    reduction: str | None = None,
+    sample_weight: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    class_weight: Tensor | None = None,
+    backend: Backend = "auto",
+    tile: int | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
+    return_lse: bool = False,
+) -> HeadLoss:
+    """:func:`fused_linear` that tells its back end as well."""
     fused = fusable(loss)
     reduction = fused.reduction if reduction is None else reduction
     check_reduction(reduction)
     ignore_index = fused.ignore_index if ignore_index is None else ignore_index
     class_weight = fused.weight if class_weight is None else class_weight
     check_arguments(hidden, weight, target, bias, softcap, class_weight, sample_weight, tile)
-    if backend not in get_args(Backend):
-        raise LossplugError(f"backend is {backend!r}", where=WHERE, remedy=f"Use one of {', '.join(get_args(Backend))}")
+    check_backend(backend, filter_eps)
 
     weight, bias = whole(weight), None if bias is None else whole(bias)
     y = target.reshape(-1)
@@ -114,23 +165,45 @@ def fused_linear(
     scalar_gradient = (
         reduction != "none" and not return_lse and not any(t is not None and t.requires_grad for t in learned)
     )
-    if backend == "rows" and not scalar_gradient:
+    if backend not in ("auto", "tiles") and not scalar_gradient:
         raise LossplugError(
-            "the backend 'rows' forms the gradients of a scalar in the forward pass; it has no reduction='none', no "
+            f"the backend {backend!r} forms the gradients of a scalar; it has no reduction='none', no "
             "return_lse, and no gradients of sample weights, denominator or parameters of the loss",
             where=WHERE,
             remedy="Use backend='auto'",
         )
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    ask = Ask(flat, weight, bias, objective, factor, softcap, tile, filter_eps or None)
+    if ask.filter_eps is not None:
+        backend = "cce"
+    if backend in PACKAGES:
+        require_engine(backend, ask)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *ask.leaves))
     if kept.numel() == 0:
         value, lse = _nothing(flat, weight, bias, target, reduction, exact)
-        return (value, lse) if return_lse else value
-    if backend == "rows" or (backend == "auto" and scalar_gradient and differentiated):
-        return rows_total(flat, weight, objective, factor, bias=bias, softcap=softcap, chunk=tile)
+        return HeadLoss(value, lse if return_lse else None, "rows" if backend == "auto" else backend)
+    if backend == "auto":
+        backend = choose(ask) if scalar_gradient and differentiated else "tiles"  # type: ignore[assignment]
+    if backend != "tiles":
+        return HeadLoss(total(backend, ask), None, backend)
     stats = linear_stats(flat, weight, y, bias=bias, softcap=softcap, needs=fused.needs, u=objective.u, tile=tile)
     rows = objective.rows(stats)
     value = spread(rows, kept, target.shape) if reduction == "none" else rows.sum() * factor
-    return (value, spread(stats.lse, kept, target.shape)) if return_lse else value
+    return HeadLoss(value, spread(stats.lse, kept, target.shape) if return_lse else None, "tiles")
+
+
+def check_backend(backend: str, filter_eps: float | str | None) -> None:
+    """Raises :class:`LossplugError` for an unknown back end, or a filter that it doesn't have."""
+    if backend not in get_args(Backend):
+        raise LossplugError(f"backend is {backend!r}", where=WHERE, remedy=f"Use one of {', '.join(get_args(Backend))}")
+    known = filter_eps is None or filter_eps == "auto" or (isinstance(filter_eps, (int, float)) and filter_eps >= 0)
+    if not known:
+        raise LossplugError(f"filter_eps is {filter_eps!r}, allowed is None, 'auto' or a number >= 0", where=WHERE)
+    if filter_eps and backend not in ("auto", "cce"):
+        raise LossplugError(
+            f"the backend {backend!r} has no gradient filtering (filter_eps={filter_eps!r})",
+            where=WHERE,
+            remedy="Leave filter_eps None for exact gradients, or use backend='cce'",
+        )
 
 
 def _factor(objective: Objective, reduction: str, denominator: Tensor | float | None, dtype: torch.dtype) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.base import FusableLoss, Loss
 from lightning_lossplug.losses.cross_entropy import CrossEntropy
-from lightning_lossplug.losses.fused.linear import Backend, fusable, fused_linear
+from lightning_lossplug.losses.fused.linear import Backend, check_backend, fusable, fused_linear
 from lightning_lossplug.losses.stats import LogitStats
 from lightning_lossplug.registry import register
 
@@ -56,8 +58,8 @@ class LinearCrossEntropy(Loss):
 
     The same numbers as the materialised loss, with the memory of one chunk of logits; see
     :func:`lightning_lossplug.losses.fused.fused_linear`. The idea of not holding the logits is the paper's; its
-    gradient filtering (dropping entries below the resolution of bfloat16) is not offered: it pays only inside a GPU
-    kernel, and drops the gradients of rare tokens.
+    gradient filtering pays only inside a GPU kernel and drops the gradients of rare tokens: ``filter_eps`` is for the
+    authors' package (``backend="cce"``).
 
     Args:
         label_smoothing: In [0, 1]; only with ``base="cross_entropy"``.
@@ -71,6 +73,7 @@ class LinearCrossEntropy(Loss):
         base: Another fusable loss in the place of cross-entropy: a registry name or an object, which then brings its
             own class weights unless ``weight`` is given.
         backend: As for ``fused_linear``.
+        filter_eps: As for ``fused_linear``: None or 0 for exact gradients.
     """
 
     weight: Tensor | None
@@ -87,6 +90,7 @@ class LinearCrossEntropy(Loss):
         return_lse: bool = False,
         base: str | FusableLoss = "cross_entropy",
         backend: Backend = "auto",
+        filter_eps: float | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(reduction)
         if base == "cross_entropy":
@@ -104,7 +108,8 @@ class LinearCrossEntropy(Loss):
         self.register_buffer("weight", loss.weight if weight is None else CrossEntropy(weight=weight).weight, False)
         self.loss = LsePenalised(loss, lse_penalty) if lse_penalty else loss
         self.softcap, self.ignore_index, self.tile = softcap, ignore_index, tile
-        self.return_lse, self.backend = return_lse, backend
+        check_backend(backend, filter_eps)
+        self.return_lse, self.backend, self.filter_eps = return_lse, backend, filter_eps
 
     def forward(
         self,
@@ -148,5 +153,6 @@ class LinearCrossEntropy(Loss):
             class_weight=self.weight,
             backend=self.backend,
             tile=self.tile,
+            filter_eps=self.filter_eps,
             return_lse=self.return_lse,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_lossplug.losses.fused.blocks import Scratch, Tile, reduce_tile, softmax_rows, write_gradient
+from lightning_lossplug.losses.fused.blocks import Scratch, Tile, linear_rows, reduce_tile, softmax_rows, write_gradient
 from lightning_lossplug.losses.fused.gradients import HeadGradients, narrowed, row_logits, scalar
 from lightning_lossplug.losses.fused.objective import Objective
 from lightning_lossplug.losses.fused.precision import product_dtype, statistics_dtype
@@ -51,15 +51,20 @@ class _RowChunks(torch.autograd.Function):
         needs, u = objective.loss.needs, objective.u
         u = None if u is None else u.to(exact)
         gradients = HeadGradients(hidden, weight, w, bias, ctx.needs_input_grad, dtype, u)
-        # Probabilities can take the place of the logits when nothing but them is needed for the gradient.
-        simple = softcap is None and "sumsq" not in needs and gradients.bias is None
+        # The gradient is linear in the logits, or in the probabilities, which then take the place of the logits.
+        plain = softcap is None and gradients.bias is None
+        linear, simple = plain and objective.loss.spherical, plain and "sumsq" not in needs
         chunk, scratch = h.new_empty(size, classes), Scratch(size, classes, h)
         value = h.new_zeros((), dtype=torch.float64)
         for i in range(0, rows, size):
             part = slice(i, min(i + size, rows))
             z, y = chunk[: part.stop - i], objective.y[part]
             row_logits(h[part], w, bias, z)
-            if simple:
+            if linear:
+                target, total, sumsq = linear_rows(z, y[:, None], u, "sum" in needs, "sumsq" in needs, scratch)
+                lse = torch.zeros_like(target)
+                stats = LogitStats(lse, target, classes, total, sumsq)
+            elif simple:
                 lse, target, total, label = softmax_rows(z, y[:, None], u, "sum" in needs, scratch)
                 stats = LogitStats(lse, target, classes, total)
             else:
@@ -69,7 +74,10 @@ class _RowChunks(torch.autograd.Function):
             loss, grads = objective.differentiate(stats, part, factor)
             value += loss
             by_target = torch.zeros_like(lse) if grads.target is None else grads.target
-            if simple:
+            if linear:
+                scale = torch.zeros_like(lse) if grads.sumsq is None else 2 * grads.sumsq
+                gradients.add(part, z, y, target * scale + by_target, scale, grads.sum)
+            elif simple:
                 scale = torch.zeros_like(lse) if grads.lse is None else grads.lse
                 gradients.add(part, z, y, label * scale + by_target, scale, grads.sum)
             else:
