@@ -26,6 +26,7 @@ from lightning_lossplug.sparsity.recipes import (
     StepState,
 )
 from lightning_lossplug.sparsity.scores import gradient_scores, magnitude_scores, wanda_scores
+from lightning_lossplug.sparsity.slorb import SLoRB, add_slorb, merge_slorb, slorb_output, slorb_start
 from lightning_lossplug.sparsity.ste import decayed_ste, masked_ste
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
 from lightning_lossplug.sparsity.transposable import mvue24, tile_patterns, transposable_mask
@@ -51,12 +52,14 @@ __all__ = [
     "NMTransposable",
     "PPLSparsity",
     "Recipe",
+    "SLoRB",
     "STEPAdamW",
     "SdGfGeometric",
     "SdGfStepwise",
     "Settling",
     "StepState",
     "add_prior",
+    "add_slorb",
     "annealed_pull",
     "backward_mask",
     "best_order",
@@ -68,6 +71,7 @@ __all__ = [
     "magnitude_scores",
     "masked_ste",
     "mean_health",
+    "merge_slorb",
     "mvue24",
     "nm_health",
     "nm_mask",
@@ -79,6 +83,8 @@ __all__ = [
     "rescale",
     "sampled_mask",
     "search_patterns",
+    "slorb_output",
+    "slorb_start",
     "soft_threshold",
     "tile_patterns",
     "transposable_mask",
