@@ -126,7 +126,8 @@ class STEPAdamW(MaskedAdamW):
     def observe(self, masked: list[nn.Parameter]) -> None:
         """Measures the change of the second moment in phase 1."""
         phase = self.param_groups[0]["phase"]
-        if not self.masks:
+        # At a learning rate of 0, torch takes a step to make room for a sharded state that it is about to load.
+        if not self.masks and any(float(group["lr"]) for group in self.param_groups):
             raise LossplugError(
                 "no weight is masked, so there is no second moment to watch",
                 where="STEPAdamW",
