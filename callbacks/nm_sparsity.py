@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning.pytorch import LightningModule, Trainer
+
 from lightning_lossplug.callbacks.technique import TechniqueCallback
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.sparsity.sharding import is_sharded
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
 
 
@@ -130,3 +134,11 @@ class NMSparsity(TechniqueCallback[NMTechnique]):
             seed=seed,
         )
         super().__init__(NMTechnique(settings))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses parameters of a recipe's own that are sharded: only the weights are gathered for a mask."""
+        super().on_fit_start(trainer, pl_module)
+        for name, layer in self.technique.layers.items():
+            if any(is_sharded(p) for p in layer.transform.parameters()):
+                recipe = type(layer.recipe).name
+                raise LossplugError(f"the logits of {recipe} are sharded", where=name, remedy="Use DDP or one device")

@@ -36,6 +36,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
         self.offset = 0  # optimizer steps the Trainer had taken when the technique started
         self.selection: Selection | None = None
         self._restored = False
+        self._ticking = False
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -48,7 +49,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Converts the layers that exist, and again those that ``configure_model`` builds."""
-        self._restored = False
+        self._restored = self._ticking = False
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
                 raise LossplugError(
@@ -101,6 +102,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the place in the schedule: the start, or where the checkpoint left it."""
+        self._ticking = True
         if not self._restored and trainer.global_step == 0:
             self.step = self.offset = 0
             self.technique.reset()
@@ -142,6 +144,8 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, clock: Optimizer) -> Any:
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if not self._ticking:  # to make room for a sharded state that it loads, torch takes a step of its own
+                return
             self.technique.after_step(optimizer)
             if optimizer is clock:
                 self.step += 1

@@ -5,6 +5,7 @@ from lightning_lossplug.sparsity.activation_ppl import PPLSparsity, ppl_p_sparsi
 from lightning_lossplug.sparsity.activation_threshold import ActivationThresholds
 from lightning_lossplug.sparsity.budget import search_patterns
 from lightning_lossplug.sparsity.health import LayerHealth, Settling, mean_health, nm_health
+from lightning_lossplug.sparsity.nm_apply import nm_apply
 from lightning_lossplug.sparsity.nm_ast import NMAST, ASTAdamW, annealed_pull
 from lightning_lossplug.sparsity.nm_bimask import NMBiMask, backward_mask, best_order, bimask_linear
 from lightning_lossplug.sparsity.nm_mask import nm_mask
@@ -26,6 +27,7 @@ from lightning_lossplug.sparsity.recipes import (
     StepState,
 )
 from lightning_lossplug.sparsity.scores import gradient_scores, magnitude_scores, wanda_scores
+from lightning_lossplug.sparsity.slorb import SLoRB, add_slorb, merge_slorb, slorb_output, slorb_start
 from lightning_lossplug.sparsity.ste import decayed_ste, masked_ste
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
 from lightning_lossplug.sparsity.transposable import mvue24, tile_patterns, transposable_mask
@@ -51,12 +53,14 @@ __all__ = [
     "NMTransposable",
     "PPLSparsity",
     "Recipe",
+    "SLoRB",
     "STEPAdamW",
     "SdGfGeometric",
     "SdGfStepwise",
     "Settling",
     "StepState",
     "add_prior",
+    "add_slorb",
     "annealed_pull",
     "backward_mask",
     "best_order",
@@ -68,7 +72,9 @@ __all__ = [
     "magnitude_scores",
     "masked_ste",
     "mean_health",
+    "merge_slorb",
     "mvue24",
+    "nm_apply",
     "nm_health",
     "nm_mask",
     "nm_patterns",
@@ -79,6 +85,8 @@ __all__ = [
     "rescale",
     "sampled_mask",
     "search_patterns",
+    "slorb_output",
+    "slorb_start",
     "soft_threshold",
     "tile_patterns",
     "transposable_mask",

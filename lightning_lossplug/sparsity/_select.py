@@ -11,22 +11,27 @@ A piece of the weight is worked on by one of three ways (``tests/benchmarks/benc
 * one entry kept, or one dropped: the maximum or minimum of the group is the threshold.
 * otherwise: a bitonic selection network over the rows of the transposed piece finds the threshold.
 
+On a GPU with Triton, groups of up to 64 are the work of one kernel (:mod:`~lightning_lossplug.sparsity.kernels`).
 All views and operations of a piece are set up once and replayed: Python costs as much as the arithmetic on a piece
 that fits the cache.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The Triton kernel compares every entry of a group with every other: beyond this the network has less to do.
+LARGEST_GROUP = 64
 
 # Fewer entries than this don't fill a vector register: a transposed copy beats reducing or broadcasting along a group.
 _VECTOR = 16
@@ -44,6 +49,11 @@ def fill_mask(weight: Tensor, n: int, out: Tensor) -> None:
         out: Contiguous bool tensor of the same shape.
     """
     groups, m, inner = weight.shape
+    if uses_kernel(weight, m):
+        from lightning_lossplug.sparsity import kernels
+
+        kernels.fill(weight, n, out)
+        return
     bits = weight.view(INTEGER_OF_SIZE[weight.element_size()])
     size = _piece_size(weight.device)
     if _WORDS and inner == 1 and m in _ByRank.word:
@@ -62,6 +72,16 @@ def fill_mask(weight: Tensor, n: int, out: Tensor) -> None:
             if by_threshold is None or by_threshold.shape != piece.shape:
                 by_threshold = _ByThreshold(piece, n)
             by_threshold(piece, mask)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_kernel(weight: Tensor, m: int) -> bool:
+    """Whether groups of m entries of this weight are the work of the Triton kernel."""
+    return weight.is_cuda and m <= LARGEST_GROUP and m & (m - 1) == 0 and _has_triton()
 
 
 def _piece_size(device: torch.device) -> int:

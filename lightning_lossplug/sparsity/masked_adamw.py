@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.sparsity.sharding import local
+
+# Entries per operation on a CPU: the five tensors of an update fit the cache, so that only its first pass waits for
+# memory.
+_PIECE = 1 << 15
+
+
+class Together(NamedTuple):
+    """Masked weights that are updated by the same operations: lists of equal length."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masks: list[Tensor]
+    steps: list[float]  # taken so far, the coming one included
 
 
 class MaskedAdamW(Optimizer):
-    """AdamW that knows which of its parameters are masked; the others get plain AdamW, bit for bit.
+    """AdamW that knows which of its parameters are masked; the others get torch's AdamW, bit for bit.
 
-    ``NMSparsity`` tells the masks before every step; a loop of one's own calls :meth:`take_masks`. The update runs one
-    parameter at a time, which on an accelerator is slower than torch's fused AdamW.
+    ``NMSparsity`` tells the masks before every step; a loop of one's own calls :meth:`take_masks`. On an accelerator
+    the masked weights are updated by multi-tensor operations, on a CPU in pieces that fit the cache.
 
     Args:
         params: Parameters or parameter groups.
@@ -66,6 +83,11 @@ class MaskedAdamW(Optimizer):
         """Whether a dense phase that this optimizer decides about is over."""
         return False
 
+    @property
+    def plain(self) -> bool:
+        """Whether the coming step is AdamW's for masked weights as well."""
+        return False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Takes one step; returns what the closure returns."""
@@ -73,74 +95,73 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, _ in found:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        self.observe([p for p, _ in found if p in self.masks])
-        for p, group in found:
-            state = self.state[p]
-            state["step"] += 1
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            mask = self.masks.get(p)
-            if mask is None:
-                self.plain(p, p.grad, state, group)
-            else:
-                self.update(p, p.grad, mask, state, group)
+        found = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for p in (p for ours in found for p in ours if not self.state[p]):
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[p] = {"step": torch.tensor(0.0), **moments}
+        self.observe([p for ours in found for p in ours if p in self.masks])
+        for group, ours in zip(self.param_groups, found, strict=True):
+            masked = [] if self.plain else [p for p in ours if p in self.masks]
+            taken = set(map(id, masked))
+            self._adamw([p for p in ours if id(p) not in taken], group)
+            for together in self._together(masked):
+                torch._foreach_mul_(together.weights, 1 - float(group["lr"]) * group["weight_decay"])
+                self.update(together, group)
         self.after_update()
         return loss
+
+    def _adamw(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        adamw(
+            list(params),
+            [p.grad for p in params],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _together(self, params: list[nn.Parameter]) -> Iterator[Together]:
+        """Splits masked weights into what one call updates; shards are updated where they are."""
+        kinds: dict[Any, Together] = {}
+        for p in params:
+            state = self.state[p]
+            state["step"] += 1
+            step = float(state["step"])
+            assert p.grad is not None
+            tensors = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], self.masks[p])]
+            if tensors[0].device.type == "cpu":
+                for part in pieces(*tensors):
+                    weight, grad, exp_avg, exp_avg_sq, mask = ([t] for t in part)
+                    yield Together(weight, grad, exp_avg, exp_avg_sq, mask, [step])
+                continue
+            kind = kinds.setdefault((p.device, p.dtype), Together([], [], [], [], [], []))
+            for into, tensor in zip(kind[:5], tensors, strict=True):
+                into.append(tensor)
+            kind.steps.append(step)
+        yield from kinds.values()
 
     def observe(self, masked: list[nn.Parameter]) -> None:
         """Looks at the masked parameters' gradients and moments before the update."""
 
-    def plain(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], group: dict[str, Any], **how: Any) -> None:
-        """Updates one parameter by :func:`adam_update_`."""
-        options = {"lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}
-        adam_update_(p, grad, state["exp_avg"], state["exp_avg_sq"], float(state["step"]), **options, **how)
-
     @abstractmethod
-    def update(self, p: nn.Parameter, grad: Tensor, mask: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Updates one masked parameter; weight decay has been applied."""
+    def update(self, together: Together, group: dict[str, Any]) -> None:
+        """Updates masked weights in place; weight decay has been applied."""
 
     def after_update(self) -> None:
         """Called at the end of a step."""
 
 
-def adam_update_(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: float,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    pull: Tensor | None = None,
-    variance: str = "gradient",
-) -> None:
-    """Takes an Adam step in place, in the order of torch's AdamW, so that the bits are the same.
-
-    Args:
-        weight: The parameter, after weight decay.
-        grad: Its gradient.
-        exp_avg: First moment, of the gradient alone.
-        exp_avg_sq: Second moment.
-        step: Steps taken, this one included.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the root.
-        pull: Added to the first moment where the update uses it, ``u = m + pull``.
-        variance: The second moment is of the ``gradient`` or of the ``update`` u.
-    """
-    beta1, beta2 = betas
-    exp_avg.lerp_(grad, 1 - beta1)
-    update = exp_avg if pull is None else exp_avg + pull
-    squared = update if variance == "update" else grad
-    exp_avg_sq.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    weight.addcdiv_(update, denominator, value=-(lr / (1 - beta1**step)))
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields flat views of cache size of tensors of one shape, or the tensors themselves where that can't help."""
+    if tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
+        yield tensors
+        return
+    yield from zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True)

@@ -1,7 +1,8 @@
 """AST: STE with an annealed pull on pruned weights that stays out of Adam's momentum.
 
 Source: Huang et al., AAAI 2025, arXiv 2407.20584. The self-distillation from the dense model is a loss term and belongs
-to distillation; the low-rank adapter SLoRB, which leaves a weight that isn't N:M, is not here.
+to distillation; the boosted variant is :func:`~lightning_lossplug.sparsity.add_slorb`. Its successor CAST (arXiv
+2509.25996) is not here: the schedule and the normaliser of its decay were not found.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+import torch
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
-from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW
+from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW, Together
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 
 AST_PAPER = "Pruning Large Language Models with Semi-Structural Adaptive Sparse Training"
@@ -69,9 +70,22 @@ class ASTAdamW(MaskedAdamW):
             )
         self.variance = variance
 
-    def update(self, p: nn.Parameter, grad: Tensor, mask: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(self, together: Together, group: dict[str, Any]) -> None:
         """The equations above."""
-        self.plain(p, grad, state, group, pull=(p * ~mask).mul_(self.pull), variance=self.variance)
+        weights, grads, exp_avgs, exp_avg_sqs, masks, steps = together
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        updates = exp_avgs
+        if self.pull:
+            pulled = torch._foreach_add(exp_avgs, weights, alpha=self.pull)
+            updates = [torch.where(*parts) for parts in zip(masks, exp_avgs, pulled, strict=True)]
+        squared = updates if self.variance == "update" else grads
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, squared, squared, 1 - beta2)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_addcdiv_(weights, updates, denominators, [-(lr / (1 - beta1**step)) for step in steps])
 
 
 @register("recipe", "nm_ast", family="nm_sparsity", paper=AST_PAPER, arxiv="2407.20584", needs="optimizer ASTAdamW")

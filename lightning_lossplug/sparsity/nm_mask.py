@@ -60,14 +60,7 @@ def nm_mask(
         >>> nm_mask(torch.tensor([[0.1, -3.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0]]), n=2, m=4).int()
         tensor([[0, 1, 1, 0, 1, 1, 0, 0]], dtype=torch.int32)
     """
-    _require_real(weight, "weight")
-    axis = group_axis(weight, dim)
-    require_pattern(n, m)
-    if weight.shape[axis] % m:
-        raise LossplugError(
-            f"groups of m={m} don't divide axis {axis} of a weight of shape {tuple(weight.shape)}",
-            remedy="Choose an m that divides it, another dim, or leave this weight dense",
-        )
+    axis = require_groups(weight, n, m, dim)
     if scores is not None:
         _require_real(scores, "scores")
         if scores.shape != weight.shape:
@@ -112,12 +105,39 @@ def require_pattern(n: int, m: int, where: str | None = None) -> None:
         )
 
 
+def require_groups(weight: Tensor, n: int, m: int, dim: Literal["in"] | int = "in") -> int:
+    """Returns the axis of the groups, if the weight can have such groups.
+
+    Raises:
+        LossplugError: It can't.
+    """
+    _require_real(weight, "weight")
+    axis = group_axis(weight, dim)
+    require_pattern(n, m)
+    if weight.shape[axis] % m:
+        raise LossplugError(
+            f"groups of m={m} don't divide axis {axis} of a weight of shape {tuple(weight.shape)}",
+            remedy="Choose an m that divides it, another dim, or leave this weight dense",
+        )
+    return axis
+
+
+def grouped(shape: torch.Size, axis: int, m: int) -> tuple[int, int, int]:
+    """Returns the shape ``[groups before the axis, m, entries after it]`` of a contiguous weight."""
+    return math.prod(shape[:axis]) * (shape[axis] // m), m, math.prod(shape[axis + 1 :])
+
+
 def _require_real(values: Tensor, name: str) -> None:
     if not values.is_floating_point() or values.element_size() not in INTEGER_OF_SIZE:
         raise LossplugError(f"the {name} has dtype {values.dtype}", remedy="Give float16, bfloat16, float32 or float64")
 
 
-def _require_finite(values: Tensor, name: str, lowest: float = -math.inf) -> None:
+def require_finite(values: Tensor, name: str, lowest: float = -math.inf) -> None:
+    """Refuses NaN, infinity and values below ``lowest``.
+
+    Raises:
+        LossplugError: There are some; it says how many.
+    """
     if not values.numel():
         return
     low, high = torch.aminmax(values)
@@ -137,9 +157,9 @@ def _require_finite(values: Tensor, name: str, lowest: float = -math.inf) -> Non
 
 def _mask(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
     if check_finite:
-        _require_finite(weight, "weight")
+        require_finite(weight, "weight")
         if scores is not None:
-            _require_finite(scores, "scores", lowest=0.0)
+            require_finite(scores, "scores", lowest=0.0)
     mask = torch.empty_like(weight, dtype=torch.bool)
     if n == m:
         return mask.fill_(True)

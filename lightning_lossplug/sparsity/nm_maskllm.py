@@ -78,7 +78,7 @@ def add_prior(logits: Tensor, patterns: Tensor, groups: Tensor, strength: float 
 
 
 class MaskLLMTransform(NMTransform):
-    """Reads a frozen weight through a sampled soft mask in training and through the likeliest pattern in evaluation.
+    """Reads a frozen weight through a sampled soft mask in training and through the last hard mask in evaluation.
 
     Args:
         weight: The weight; it is frozen until the transform is taken off.
@@ -133,7 +133,7 @@ class MaskLLMTransform(NMTransform):
         if self.mode == "dense":
             return weight
         if not self.training:
-            return weight * self.to_weight(self.choice())
+            return torch.where(self.mask, weight, 0.0)
         noise = -torch.empty_like(self.logits).exponential_().log()
         # In full precision also under autocast: the temperatures go down to 0.05 and up to 500.
         with torch.autocast(weight.device.type, enabled=False):
@@ -162,11 +162,12 @@ class MaskLLMTransform(NMTransform):
 class NMMaskLLM(PhasedRecipe):
     """Weights frozen; per group a distribution over the patterns of N of M is learned on the loss.
 
-    In training a group reads ``softmax((kappa pi + gumbel) / tau) S`` times its weights, in evaluation and when folded
-    the likeliest pattern. ``tau`` and ``kappa`` move linearly over the run. The logits start near the mask of the
-    chosen score (magnitude, ``wanda``). The term ``-lambda_t sum ||W mask||^2``, whose ``lambda_t`` falls linearly to
-    0, is added to the gradients once per optimizer step, after clipping, for the mask without noise: the same on every
-    rank. Gumbel noise comes from each rank's own generator.
+    In training a group reads ``softmax((kappa pi + gumbel) / tau) S`` times its weights; in evaluation and when folded
+    the likeliest pattern as of the last mask, also where an average of the logits is kept. ``tau`` and ``kappa`` move
+    linearly over the run. The logits start near the mask of the chosen score (magnitude, ``wanda``). The term
+    ``-lambda_t sum ||W mask||^2``, whose ``lambda_t`` falls linearly to 0, is added to the gradients once per optimizer
+    step, after clipping, for the mask without noise: the same on every rank. Gumbel noise comes from each rank's own
+    generator.
 
     The logits are parameters of the layer (P / M numbers per weight): give them a learning rate about ten times that
     of fine-tuning, 5e-4 in the paper, and no weight decay.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
-from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW
+from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW, Together, pieces
 from lightning_lossplug.sparsity.recipes import PhasedRecipe
-from lightning_lossplug.sparsity.sharding import full
+from lightning_lossplug.sparsity.sharding import full, is_sharded
 
 STEP_PAPER = "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition"
 
@@ -42,11 +42,13 @@ def variance_change(grads: Iterable[Tensor], exp_avg_sqs: Iterable[Tensor], beta
         raise LossplugError(f"option is {option!r}", where="nm_step", remedy="Use 1 (mean) or 2 (geometric mean)")
     total, count = None, 0
     for grad, v in zip(grads, exp_avg_sqs, strict=True):
-        moved = (grad * grad - v).abs().mul(1 - beta2)
-        if option == 2:
-            moved = moved.clamp_min(torch.finfo(moved.dtype).tiny).log()
-        part = full(moved.sum())
-        total = part if total is None else total + part
+        for g, before in [(grad, v)] if is_sharded(v) else pieces(grad, v):
+            moved = torch.addcmul(before, g, g, value=-1).mul_(1 - beta2)
+            if option == 2:
+                part = moved.abs_().clamp_min_(torch.finfo(moved.dtype).tiny).log_().sum()
+            else:
+                part = torch.linalg.vector_norm(moved, 1, dtype=torch.promote_types(moved.dtype, torch.float32))
+            total = full(part) if total is None else total + full(part)
         count += grad.numel()
     if total is None:
         raise LossplugError("no masked weight has a gradient", where="nm_step")
@@ -124,7 +126,8 @@ class STEPAdamW(MaskedAdamW):
     def observe(self, masked: list[nn.Parameter]) -> None:
         """Measures the change of the second moment in phase 1."""
         phase = self.param_groups[0]["phase"]
-        if not self.masks:
+        # At a learning rate of 0, torch takes a step to make room for a sharded state that it is about to load.
+        if not self.masks and any(float(group["lr"]) for group in self.param_groups):
             raise LossplugError(
                 "no weight is masked, so there is no second moment to watch",
                 where="STEPAdamW",
@@ -139,16 +142,19 @@ class STEPAdamW(MaskedAdamW):
         phase["window"] = [*phase["window"], float(z)][-length:]
         phase["steps"] += 1
 
-    def update(self, p: nn.Parameter, grad: Tensor, mask: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """AdamW, or the preconditioned step of phase 2."""
-        if not self.switched:
-            self.plain(p, grad, state, group)
-            return
-        lr, step = float(group["lr"]), float(state["step"])
-        beta1 = group["betas"][0]
-        state["exp_avg"].lerp_(grad, 1 - beta1)
-        denominator = state["exp_avg_sq"].sqrt().add_(self.eps_star)
-        p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1**step))
+    @property
+    def plain(self) -> bool:
+        """Phase 1."""
+        return not self.switched
+
+    def update(self, together: Together, group: dict[str, Any]) -> None:
+        """The preconditioned step of phase 2."""
+        weights, grads, exp_avgs, exp_avg_sqs, _, steps = together
+        lr, beta1 = float(group["lr"]), group["betas"][0]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_add_(denominators, self.eps_star)
+        torch._foreach_addcdiv_(weights, exp_avgs, denominators, [-lr / (1 - beta1**step) for step in steps])
 
     def after_update(self) -> None:
         """Decides the switch after the update, so that ``v*`` is the second moment of this step."""

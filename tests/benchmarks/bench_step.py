@@ -1,13 +1,16 @@
 """What the callbacks cost per training step, as ratios against the plain step, measured side by side in one process.
 
-Every variant is an ordinary ``Trainer.fit`` on random images; the fits take turns after every step (as greenlets, in
-one thread: threads of their own would each bring a pool of workers and slow each other down), so that a round has one
-step of each variant. Ratios are taken within a round; their median is reported with its 95 % interval (bootstrap).
+Every variant is an ordinary ``Trainer.fit`` on random images or tokens; the fits take turns after every step (as
+greenlets, in one thread: threads of their own would each bring a pool of workers and slow each other down), so that a
+round has one step of each variant. Ratios are taken within a round; their median is reported with its 95 % interval
+(bootstrap).
 ``plain again`` is the same as ``plain``: what it shows is the noise of the comparison. ``own`` is the part of a step
 spent in the techniques' own code outside forward and backward (clock, masks, penalties), timed directly. Peak memory
-is the high-water mark of a process per variant.
+is the high-water mark of a process per variant. ``smollm2-N`` is SmolLM2-135M with N of its 30 layers and that share of
+its vocabulary, so that the parts of a step keep their proportions, on ``--batch`` sequences of 128 tokens.
 
 Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_step.py --models vit_tiny_patch16_224 resnet18 --rounds 30
+     OMP_NUM_THREADS=2 python tests/benchmarks/bench_step.py --models smollm2-6 --batch 8 --rounds 12
 """
 
 import argparse
@@ -26,7 +29,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_lossplug.callbacks import NMSparsity, SwapLoss
-from lightning_lossplug.integrations import ImageClassifier
+from lightning_lossplug.integrations import CausalLM, ImageClassifier
 
 VARIANTS = {
     "plain": list,
@@ -41,6 +44,10 @@ VARIANTS = {
     "1:16 mdgf_exponential, mask every step": lambda: [
         NMSparsity(1, 16, "mdgf_exponential", dense_fraction=0.0, indivisible="skip")
     ],
+    "1:16 sdgf_stepwise, mask every step": lambda: [
+        NMSparsity(1, 16, "sdgf_stepwise", dense_fraction=0.0, indivisible="skip")
+    ],
+    "2:4 sdgf_geometric, mask every step": lambda: [NMSparsity(2, 4, "sdgf_geometric", dense_fraction=0.0)],
 }
 WARM_UP = 2
 
@@ -97,34 +104,47 @@ def fit(module, callbacks, batch, steps):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader_for(batch))
+    trainer.fit(module, loader_for(batch, module))
     return end.seconds, end.own[:-1]
 
 
-def loader_for(batch):
-    """Random images, always the same batch."""
+def loader_for(batch, module):
+    """Random images or tokens, always the same batch."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(module, CausalLM):
+        ids = torch.randint(0, module.model.config.vocab_size, (batch, 128), generator=generator)
+        return torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids}] * 1000, batch_size=None)
     images = torch.randn(batch, 3, 224, 224, generator=generator)
     labels = torch.randint(0, 1000, (batch,), generator=generator)
     return torch.utils.data.DataLoader([(images, labels)] * 1000, batch_size=None)
 
 
-def side_by_side(model, batch, rounds):
+def build(model):
+    """A timm classifier, or a part of SmolLM2 with random weights."""
+    if not model.startswith("smollm2-"):
+        return ImageClassifier(model)
+    layers = int(model.removeprefix("smollm2-"))
+    size = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    size |= {"num_hidden_layers": layers, "vocab_size": 49152 * layers // 30, "tie_word_embeddings": True}
+    return CausalLM(from_config={"model_type": "llama", **size})
+
+
+def side_by_side(model, batch, rounds, variants):
     """Seconds of every step by variant, one step of each per round, in an order drawn anew."""
-    steps, found, order = rounds + WARM_UP, {}, list(VARIANTS)
+    steps, found, order = rounds + WARM_UP, {}, list(variants)
 
     def run(name):
         torch.manual_seed(0)
-        found[name] = fit(ImageClassifier(model), VARIANTS[name](), batch, steps)
+        found[name] = fit(build(model), VARIANTS[name](), batch, steps)
 
-    fits = {name: greenlet.greenlet(run) for name in VARIANTS}
+    fits = {name: greenlet.greenlet(run) for name in variants}
     for _ in range(steps):
         random.shuffle(order)
         for name in order:
             fits[name].switch(*() if fits[name] else (name,))
-    for name in VARIANTS:
+    for name in variants:
         fits[name].switch()  # to the end of its fit
-    return {name: found[name] for name in VARIANTS}
+    return {name: found[name] for name in variants}
 
 
 def interval(ratios, draws=2000):
@@ -138,7 +158,7 @@ def peak_memory(model, variant, batch, queue):
     """High-water mark of a few steps, in MiB, in a process of its own."""
     quiet()
     torch.set_num_threads(2)
-    fit(ImageClassifier(model), VARIANTS[variant](), batch, 3)
+    fit(build(model), VARIANTS[variant](), batch, 3)
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     queue.put(int(peak[1]) / 1024)
 
@@ -157,11 +177,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", default=None)
+    parser.add_argument("--variants", nargs="+", default=None, help="words of the variants' names; default: all")
     arguments = parser.parse_args()
+    words = arguments.variants or [""]
+    variants = [name for name in VARIANTS if any(word in name for word in words)]
     quiet()
     results = []
     for model in arguments.models:
-        found = side_by_side(model, arguments.batch, arguments.rounds)
+        found = side_by_side(model, arguments.batch, arguments.rounds, list(dict.fromkeys(["plain", *variants])))
         plain = found["plain"][0][WARM_UP:]
         for name, (seconds, own) in found.items():
             pairs = list(zip(seconds[WARM_UP:], plain, strict=True))

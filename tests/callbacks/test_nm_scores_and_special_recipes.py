@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from callback_runs import OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_lossplug import LossplugError
@@ -47,16 +48,18 @@ def test_interrupted_and_resumed_equals_straight(case, stop, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("feature", ["accumulation", "bf16", "grad_scaler", "clipping"])
+@pytest.mark.parametrize("feature", ["accumulation", "bf16", "grad_scaler", "clipping", "ema"])
 def test_trainer_features(case, feature, tmp_path):
     options = {
         "accumulation": {"accumulate_grad_batches": 2},
         "bf16": {"precision": "bf16-mixed"},
         "grad_scaler": {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]},
         "clipping": {"gradient_clip_val": 0.05},
+        "ema": {},
     }[feature]
+    average = [EMAWeightAveraging(decay=0.8)] if feature == "ema" else []
     module = Plain()
-    trainer = make_trainer(callbacks=[NMSparsity(2, 4, **CASES[case])], **options)
+    trainer = make_trainer(callbacks=[NMSparsity(2, 4, **CASES[case]), *average], **options)
     if case == "tsrste":
         with pytest.warns(UserWarning, match="folding gives a dense model"):
             trainer.fit(module, data(), data())
@@ -65,6 +68,7 @@ def test_trainer_features(case, feature, tmp_path):
     plain = fold(module)
     for i in (0, 3):
         assert torch.equal((plain.net[i].weight != 0).reshape(-1, 4).sum(1).unique(), torch.tensor([2]))
+        assert not plain.net[i].weight[~module.net[i].weight_transforms["sparsity"].mask].any()
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert_equal(state_of(load_plugged(Plain(), tmp_path / "a.ckpt")), state_of(module))
 

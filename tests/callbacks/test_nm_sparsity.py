@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from callback_runs import Manual, OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
@@ -121,8 +121,9 @@ def test_interrupted_and_resumed_equals_straight(recipe, stop, tmp_path):
         {"plugins": "scaler"},
         {"callbacks": "ema"},
         {"callbacks": "ema_no_buffers"},
+        {"callbacks": "swa"},
     ],
-    ids=["accumulation", "clipping", "bf16", "grad_scaler", "ema", "ema_without_buffers"],
+    ids=["accumulation", "clipping", "bf16", "grad_scaler", "ema", "ema_without_buffers", "swa"],
 )
 def test_trainer_features(recipe, options):
     options = dict(options)
@@ -130,14 +131,16 @@ def test_trainer_features(recipe, options):
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]
     extra = options.pop("callbacks", None)
     callbacks = [callback(recipe)]
-    if extra:
+    if extra == "swa":
+        callbacks.append(StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2))
+    elif extra:
         callbacks.append(EMAWeightAveraging(decay=0.8, use_buffers=extra == "ema"))
     module = WithOptimizer(recipe)
     trainer = make_trainer(max_epochs=4, callbacks=callbacks, **options)
     trainer.fit(module, data(), data())
     assert_pattern(module)
     assert wrapped_methods(module) == ()
-    if extra:
+    if extra in ("ema", "ema_no_buffers"):
         assert wrapped_methods(callbacks[1]._average_model) == ()
 
 

@@ -11,6 +11,7 @@ import common
 import label_noise
 import long_tail
 import nm_recipes
+import nm_smollm2
 import number_text
 import probability
 import pytest
@@ -19,6 +20,7 @@ import scoring
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lossplug.losses import create
 
@@ -200,6 +202,33 @@ def test_recipes_end_with_their_zeros(root, output):
     nm_recipes.main(["--root", root, "--output", str(output), *own, *TINY, "--width", "32"])
     results = {r["run"]["recipe"]: r["result"] for r in records(output)}
     assert set(results) == {None, "nm_srste", "mdgf_exponential"}
+    assert all(0 < results["nm_srste"][name] < 1 for name in ("kept_mass", "accuracy"))
+    assert len(results["nm_srste"]["flips"]) == 10
     assert results["nm_srste"]["zeros"] == pytest.approx(0.875)
     assert results["mdgf_exponential"]["zeros"] == pytest.approx(0.875)
-    assert "1:8, last epoch" in output.with_suffix(".md").read_text()
+    assert "1:8 in mlp, last epoch" in output.with_suffix(".md").read_text()
+
+
+def test_perplexity_rows_are_sparse_and_equal_in_steps(tmp_path, output):
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **size)).save_pretrained(tmp_path / "llama")
+    own = ["--model", str(tmp_path / "llama"), "--tokenizer", "bytes", "--steps", "4", "--block", "64", "--lr", "1e-2"]
+    rows = ["dense, as it comes", "pruned, Wanda", "dense", "SR-STE, Wanda", "MdGf-Linear"]
+    nm_smollm2.main(
+        [*own, "--output", str(output), "--seeds", "0", "--test-blocks", "8", "--device", "cpu", "--rows", *rows]
+    )
+    results = [r["result"] for r in records(output)]
+    assert [round(r["zeros"], 3) for r in results] == [0, 0.5, 0, 0.5, 0.5]
+    start, _, *trained = [r["perplexity"] for r in results]
+    assert 200 < start < 300
+    assert max(trained) < start
+    assert "| MdGf-Linear | 4 steps |" in output.with_suffix(".md").read_text()
+
+
+def test_perplexity_is_that_of_the_mean_loss():
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, labels):
+            return type("Output", (), {"loss": input_ids.float().mean()})()
+
+    assert nm_smollm2.perplexity(Model(), torch.tensor([[1], [2], [6]]), 2) == pytest.approx(torch.tensor(3.0).exp())
