@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lossplug.quantization.affine import Affine
 from lightning_lossplug.quantization.base import Codes, Quantizer, paused
 from lightning_lossplug.quantization.binary import (
     TBT,
@@ -44,6 +45,7 @@ from lightning_lossplug.quantization.observers import (
 from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
 from lightning_lossplug.quantization.pact import PACT, pact
 from lightning_lossplug.quantization.paretoq import ParetoQ, paretoq
+from lightning_lossplug.quantization.post import quantize_post_training
 from lightning_lossplug.quantization.self_compress import SelfCompress, self_compress
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
 from lightning_lossplug.quantization.transform import QuantTransform
@@ -57,6 +59,7 @@ __all__ = [
     "NVFP4",
     "PACT",
     "TBT",
+    "Affine",
     "BiPer",
     "BinaryDM",
     "Codes",
@@ -100,6 +103,7 @@ __all__ = [
     "paretoq",
     "paused",
     "percentile_range",
+    "quantize_post_training",
     "reste",
     "reste_power",
     "round_element",

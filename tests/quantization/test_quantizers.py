@@ -32,6 +32,7 @@ from lightning_lossplug.quantization import (
 # Every registered quantiser with arguments for a weight, and whether it has integer codes.
 WEIGHTS = {
     "fake_quant": ({"bits": 4, "per_channel": True}, True),
+    "affine": ({"bits": 4, "per_channel": True, "symmetric": False}, True),
     "lsq": ({"bits": 3, "per_channel": True}, True),
     "lsq_plus": ({"bits": 4}, True),
     "dorefa": ({"bits": 3}, True),
