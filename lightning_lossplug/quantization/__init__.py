@@ -45,7 +45,7 @@ from lightning_lossplug.quantization.observers import (
 from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
 from lightning_lossplug.quantization.pact import PACT, pact
 from lightning_lossplug.quantization.paretoq import ParetoQ, paretoq
-from lightning_lossplug.quantization.post import quantize_post_training
+from lightning_lossplug.quantization.post import allocate_bits, migrate_outliers, quantize_post_training
 from lightning_lossplug.quantization.self_compress import SelfCompress, self_compress
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
 from lightning_lossplug.quantization.transform import QuantTransform
@@ -79,6 +79,7 @@ __all__ = [
     "ReSTE",
     "SelfCompress",
     "affine_parameters",
+    "allocate_bits",
     "binarydm",
     "biper",
     "bits_for",
@@ -94,6 +95,7 @@ __all__ = [
     "integer_range",
     "lsq",
     "lsq_plus",
+    "migrate_outliers",
     "minmax_range",
     "mse_range",
     "mx",

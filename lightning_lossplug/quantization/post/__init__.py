@@ -1,5 +1,6 @@
 """Quantisation after training: rounding methods layer by layer, scale migration, bit allocation."""
 
+from lightning_lossplug.quantization.post.adaquant import AdaQuant, adaquant
 from lightning_lossplug.quantization.post.adaround import (
     AdaRound,
     adaround,
@@ -8,27 +9,56 @@ from lightning_lossplug.quantization.post.adaround import (
     adaround_regularizer,
     rectified_sigmoid,
 )
+from lightning_lossplug.quantization.post.allocate import allocate_bits, bit_alloc_ip, measure_degradation
 from lightning_lossplug.quantization.post.gptq import GPTQ, gptq
 from lightning_lossplug.quantization.post.layer import LayerProblem
 from lightning_lossplug.quantization.post.lorc import LowRankError, lorc
 from lightning_lossplug.quantization.post.method import RTN, PostTrainingMethod
+from lightning_lossplug.quantization.post.migrate import Group, Migration, fold_scales, migrate_outliers
 from lightning_lossplug.quantization.post.run import LayerReport, PostTraining, quantize_post_training
+from lightning_lossplug.quantization.post.smoothing import (
+    AWQ,
+    OSPlus,
+    SmoothQuant,
+    awq,
+    os_plus,
+    os_plus_scale,
+    os_plus_shift,
+    smoothquant,
+)
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "RTN",
+    "AdaQuant",
     "AdaRound",
+    "Group",
     "LayerProblem",
     "LayerReport",
     "LowRankError",
+    "Migration",
+    "OSPlus",
     "PostTraining",
     "PostTrainingMethod",
+    "SmoothQuant",
+    "adaquant",
     "adaround",
     "adaround_beta",
     "adaround_init",
     "adaround_regularizer",
+    "allocate_bits",
+    "awq",
+    "bit_alloc_ip",
+    "fold_scales",
     "gptq",
     "lorc",
+    "measure_degradation",
+    "migrate_outliers",
+    "os_plus",
+    "os_plus_scale",
+    "os_plus_shift",
     "quantize_post_training",
     "rectified_sigmoid",
+    "smoothquant",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ class LayerProblem:
         tail: What follows the layer directly (a norm in eval mode, an activation): errors are measured behind it.
         activation: Quantiser of the input, or None.
         generator: Random numbers of the method.
+        raw_inputs: Inputs before the quantiser of the input.
     """
 
     name: str
@@ -61,6 +61,8 @@ class LayerProblem:
     tail: tuple[nn.Module, ...] = ()
     activation: Quantizer | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    raw_inputs: list[Tensor] = field(default_factory=list)
+    _pool: tuple[list[Tensor], Tensor, Tensor] | None = None
 
     @property
     def affine(self) -> Affine:
@@ -113,18 +115,18 @@ class LayerProblem:
             total += float(y.square().sum(dtype=torch.float64))
         return wrong / max(total, 1e-30)
 
-    @functools.cached_property
-    def pool(self) -> tuple[Tensor, Tensor] | None:
-        """All samples in one tensor; None where batches differ in shape (texts of several lengths)."""
-        same = len({x.shape[1:] for x in self.inputs}) == 1
-        return (torch.cat(self.inputs), torch.cat(self.targets)) if same else None
+    def draw(self, batch: int, inputs: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``batch`` random samples of inputs (or of others in their place) and targets.
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Returns ``batch`` random samples of inputs and targets."""
-        if self.pool is None:
-            i = int(torch.randint(len(self.inputs), (1,), generator=self.generator))
-            return self.inputs[i], self.targets[i]
-        x, y = self.pool
+        Where batches differ in shape (texts of several lengths), it is one of the batches.
+        """
+        inputs = self.inputs if inputs is None else inputs
+        if len({x.shape[1:] for x in inputs}) > 1:
+            i = int(torch.randint(len(inputs), (1,), generator=self.generator))
+            return inputs[i], self.targets[i]
+        if self._pool is None or self._pool[0] is not inputs:
+            self._pool = (inputs, torch.cat(inputs), torch.cat(self.targets))
+        _, x, y = self._pool
         index = torch.randperm(len(x), generator=self.generator)[:batch].to(x.device)
         return x[index], y[index]
 
@@ -162,6 +164,8 @@ class LayerProblem:
             raise LossplugError("its inputs can't be laid out as columns", where=self.name, remedy="Exclude it")
         out = self.product(x[:1], self.weight, tail=False)
         line = self.weight.ndim == 3
+        if "Same" in plain_class(layer).__name__:
+            x = _pad_same(x, layer)
 
         def pair(value: tuple[int, ...], spare: int) -> tuple[int, ...]:
             return (spare, *value) if line else tuple(value)
@@ -177,3 +181,12 @@ class LayerProblem:
             raise LossplugError("it pads its inputs by a rule of its own", where=self.name, remedy="Exclude it")
         cut = cut.reshape(len(x), layer.groups, -1, cut.shape[-1])
         return cut.permute(1, 0, 3, 2).reshape(layer.groups, -1, cut.shape[2])
+
+
+def _pad_same(x: Tensor, layer: Any) -> Tensor:
+    """Pads as timm's convolutions with TensorFlow's rule do, which have no padding of their own."""
+    pads: list[int] = []
+    for size, k, stride, dilation in zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        need = max((math.ceil(size / stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+        pads = [need // 2, need - need // 2, *pads]
+    return F.pad(x, pads)

@@ -154,7 +154,11 @@ def quantize_post_training(
         if not data and (solver.needs_data or any(layer.activation for layer in technique.layers.values())):
             technique.detach(model)
             raise LossplugError("there are no calibration batches", where=solver.name, remedy="Give batches")
-        before = [(layer.latent, layer.latent.detach().clone()) for layer in technique.layers.values()]
+        before = [
+            (parameter, parameter.detach().clone())
+            for layer in technique.layers.values()
+            for parameter in layer.candidate.layer.parameters(recurse=False)
+        ]
         walk = _Walk(technique, solver, data, forward, seed, inputs, lorc_rank)
         try:
             for name, found in walk.layers(model, twin):
@@ -164,8 +168,8 @@ def quantize_post_training(
         except BaseException:
             technique.detach(model)
             with torch.no_grad():
-                for latent, value in before:
-                    latent.copy_(value)
+                for parameter, value in before:
+                    parameter.copy_(value)
             raise
     return result
 
@@ -275,6 +279,7 @@ class _Walk:
             problem.targets = self._targets(problem, layer, floats, twin)
             if layer.activation is not None:
                 layer.activation.eval()
+                problem.raw_inputs = problem.inputs
                 problem.inputs = [layer.activation(x) for x in problem.inputs]
         found.nearest_error = problem.error(problem.rounded())
         value = self.solver.solve(problem)
