@@ -15,6 +15,8 @@ from lightning_lossplug.errors import LossplugError, suggestion
 COMMANDS = {
     "demo": "train dense and compressed on embedded data, compare, export; under three minutes",
     "fit": "train by configuration (LightningCLI): model, data, callbacks",
+    "run": "add the callbacks of a recipe to the Trainers of a script nobody edits",
+    "check": "what a recipe would do to a model: layers taken, skipped, refused; size and step time",
     "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
     "export": "write a checkpoint as a plain folder for timm, transformers or torch",
     "quantize": "a trained language model in few bits, calibrated on some text, without training",
@@ -39,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 for a mistake in arguments, files or settings; 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = os.environ.get("LOSSPLUG_DEBUG", "") not in ("", "0") or "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
+    own = given[: given.index("--")] if "--" in given else given  # behind it stands somebody else's command
+    debug = os.environ.get("LOSSPLUG_DEBUG", "") not in ("", "0") or "--debug" in own
+    given = [argument for argument in own if argument != "--debug"] + given[len(own) :]
     try:
         _dispatch(given)
         sys.stdout.flush()

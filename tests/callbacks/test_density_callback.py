@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from callback_runs import Plain, data, make_trainer
+from callback_runs import Manual, Plain, data, make_trainer
 from torch import nn
 
 from lightning_lossplug import LossplugError
@@ -98,11 +98,6 @@ def test_layers_built_in_configure_model():
 
 
 def test_mistakes():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
     with pytest.raises(LossplugError, match="needs automatic optimization"):
         fit(ActivationDensity(), module=Manual())
     with pytest.raises(LossplugError, match="no activation matches"):

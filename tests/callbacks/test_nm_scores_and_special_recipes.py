@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from callback_runs import Plain, data, make_trainer
+from callback_runs import OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_lossplug import LossplugError
@@ -21,42 +21,11 @@ CASES = {
 }
 
 
-class Loader(torch.utils.data.DataLoader):
-    """A loader that says where it is, so that a resumed run goes on in mid-epoch."""
-
-    def __init__(self):
-        super().__init__(data().dataset, batch_size=8)
-        self.position = self.first = 0
-
-    def __iter__(self):
-        batches = list(super().__iter__())
-        first, self.first = self.first, 0
-        for i in range(first, len(batches)):
-            self.position = (i + 1) % len(batches)
-            yield batches[i]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.first = state["position"]
-
-
 class SeedPerStep(pl.Callback):
     """Gumbel noise as a function of the step, so that a resumed run draws the same."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         torch.manual_seed(trainer.global_step)
-
-
-def state_of(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,7 +40,7 @@ def test_interrupted_and_resumed_equals_straight(case, stop, tmp_path):
         torch.manual_seed(0)
         module = Plain()
         callbacks = [NMSparsity(2, 4, **CASES[case]), Save(), SeedPerStep()]
-        make_trainer(callbacks=callbacks).fit(module, Loader(), ckpt_path=ckpt_path)
+        make_trainer(callbacks=callbacks).fit(module, OrderedLoader(), ckpt_path=ckpt_path)
         return state_of(module)
 
     assert_equal(run(), run(tmp_path / "a.ckpt"))

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from callback_runs import Plain, data, make_trainer
+from callback_runs import Manual, OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -62,16 +62,6 @@ def assert_pattern(module, n=2, m=8):
         assert int(kept.max()) <= n, name
 
 
-def state_of(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
 def test_the_table_is_complete():
     assert {*RECIPES, "nm_tsrste", "nm_maskllm"} == {e.name for e in registry if e.kind == "recipe"}
 
@@ -119,27 +109,6 @@ def test_interrupted_and_resumed_equals_straight(recipe, stop, tmp_path):
     assert later
     for step, values in later.items():
         assert logs[step] == values
-
-
-class OrderedLoader(torch.utils.data.DataLoader):
-    """A loader that says where it is, so that a resumed run goes on in mid-epoch."""
-
-    def __init__(self):
-        super().__init__(data().dataset, batch_size=8)
-        self.position = self.first = 0
-
-    def __iter__(self):
-        batches = list(super().__iter__())
-        first, self.first = self.first, 0
-        for i in range(first, len(batches)):
-            self.position = (i + 1) % len(batches)
-            yield batches[i]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.first = state["position"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -338,17 +307,6 @@ def test_two_callbacks_on_different_layers_and_a_swapped_loss_in_any_order(tmp_p
 
 
 def test_manual_optimization_is_refused_only_where_the_length_matters():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
-            optimizer.step()
-
     with pytest.raises(LossplugError, match="training length is unknown"):
         make_trainer(callbacks=[callback("mdgf_linear")]).fit(Manual(), data())
     for options in ({"recipe": "nm_srste"}, {"recipe": "mdgf_linear", "total_steps": 16}):

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from callback_runs import Plain, data, make_trainer
+from callback_runs import Manual, Plain, data, make_trainer
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig
@@ -247,17 +247,6 @@ def test_validation_keeps_the_modules_own_loss():
 
 
 def test_manual_optimization_works_since_the_swap_is_inside_the_step():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
-            optimizer.step()
-
     module, loader = Manual(), data()
     want = expected(module, loader, create("focal"))
     assert first_loss(module, loader, SwapLoss("focal")) == want

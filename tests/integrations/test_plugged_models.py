@@ -1,62 +1,24 @@
 """Sparse models of timm and transformers: trained through the Trainer, saved and loaded by their own libraries."""
 
-import lightning.pytorch as pl
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from tiny_models import GPT2, LLAMA, train
+from transformers import AutoModelForCausalLM
 
 from lightning_lossplug.callbacks import NMSparsity
 from lightning_lossplug.surgery import fold, latent, plugged_layers
 
-LLAMA = LlamaConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    tie_word_embeddings=True,
-)
-GPT2 = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
-
-class Wrapped(pl.LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch, batch_idx):
-        if batch.dtype == torch.long:
-            return self.model(input_ids=batch, labels=batch).loss
-        return F.cross_entropy(self.model(batch), torch.arange(len(batch)) % 10)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-def train(model, batch, **options):
-    torch.manual_seed(0)
-    module = Wrapped(model)
-    pl.Trainer(
-        max_steps=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        callbacks=[NMSparsity(**options)],
-    ).fit(module, DataLoader([batch] * 3, batch_size=None))
-    return module
+def sparse(model, batch, **options):
+    return train(model, batch, NMSparsity(**options))
 
 
 @pytest.mark.parametrize(
     ("config", "layer", "axis"), [(LLAMA, "model.layers.0.mlp.up_proj", 1), (GPT2, "transformer.h.0.mlp.c_fc", 0)]
 )
 def test_transformers_saves_and_loads_what_it_knows(config, layer, axis, tmp_path):
-    module = train(
+    module = sparse(
         AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), n=1, m=4, include=["*.mlp.*"]
     )
     weight = module.model.get_submodule(layer).weight.detach()
@@ -82,7 +44,7 @@ def test_timm_models_of_three_kinds(name):
     vit = name.startswith("vit")
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8} if vit else {}
     model = timm.create_model(name, num_classes=10, **options)
-    module = train(model, torch.randn(4, 3, 32, 32), n=2, m=4, indivisible="skip")
+    module = sparse(model, torch.randn(4, 3, 32, 32), n=2, m=4, indivisible="skip")
     layers = list(plugged_layers(module))
     assert layers
     for path, layer in layers:
@@ -96,7 +58,7 @@ def test_timm_models_of_three_kinds(name):
 
 
 def test_groups_of_a_convolution_run_over_its_input_channels():
-    module = train(timm.create_model("resnet10t", num_classes=10), torch.randn(2, 3, 32, 32), n=1, m=4)
+    module = sparse(timm.create_model("resnet10t", num_classes=10), torch.randn(2, 3, 32, 32), n=1, m=4)
     conv = dict(plugged_layers(module))["model.layer1.0.conv1"]
     assert conv.weight.shape[1:] == (64, 3, 3)
     per_position = (conv.weight != 0).reshape(64, 16, 4, 3, 3).sum(2)

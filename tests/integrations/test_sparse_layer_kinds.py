@@ -1,11 +1,9 @@
 """Fused experts, fused qkv, grouped convolutions and mixed patterns in small models of transformers and timm."""
 
-import lightning.pytorch as pl
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from tiny_models import TINY, train
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -19,15 +17,6 @@ from transformers import (
 from lightning_lossplug.callbacks import NMSparsity
 from lightning_lossplug.surgery import fold, latent, plugged_layers, select
 
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
 MOE = {
     "mixtral": MixtralConfig(**TINY, num_local_experts=3),
     "qwen3": Qwen3MoeConfig(**TINY, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8),
@@ -40,33 +29,8 @@ MOE = {
 INPUTS = {"mixtral": 2, "qwen3": 2, "gpt_oss": 1, "llama4": 1}
 
 
-class Wrapped(pl.LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch, batch_idx):
-        if batch.dtype == torch.long:
-            return self.model(input_ids=batch, labels=batch).loss
-        return F.cross_entropy(self.model(batch), torch.arange(len(batch)) % 4)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-def train(model, batch, **options):
-    torch.manual_seed(0)
-    module = Wrapped(model)
-    pl.Trainer(
-        max_steps=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        callbacks=[NMSparsity(**options)],
-    ).fit(module, DataLoader([batch] * 3, batch_size=None))
-    return module
+def sparse(model, batch, **options):
+    return train(model, batch, NMSparsity(**options))
 
 
 def kept(weight, axis, m):
@@ -75,7 +39,7 @@ def kept(weight, axis, m):
 
 @pytest.mark.parametrize("name", MOE)
 def test_fused_experts(name, tmp_path):
-    module = train(
+    module = sparse(
         AutoModelForCausalLM.from_config(MOE[name]), torch.randint(0, 64, (2, 8)), include=["*.experts.*"], m=4, n=2
     )
     layers = dict(plugged_layers(module))
@@ -97,7 +61,7 @@ def test_every_way_to_compute_experts_reads_the_masked_weight(implementation):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MOE["mixtral"])
     model.set_experts_implementation(implementation)
-    module = train(model, torch.randint(0, 64, (2, 8)), include=["*.experts.*"], recipe="nm_ste")
+    module = sparse(model, torch.randint(0, 64, (2, 8)), include=["*.experts.*"], recipe="nm_ste")
     ids = torch.randint(0, 64, (1, 8))
     plain = fold(module).eval().model
     plain.set_experts_implementation("eager")
@@ -108,7 +72,7 @@ def test_every_way_to_compute_experts_reads_the_masked_weight(implementation):
 
 
 def test_experts_with_transposable_masks():
-    module = train(
+    module = sparse(
         AutoModelForCausalLM.from_config(MOE["gpt_oss"]),
         torch.randint(0, 64, (2, 8)),
         include=["*.experts.*"],
@@ -127,7 +91,7 @@ def test_experts_with_transposable_masks():
     ids=["phi3", "gpt2"],
 )
 def test_fused_qkv_of_language_models(config, layer, axis):
-    module = train(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), include=[f"*.{layer}"])
+    module = sparse(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), include=[f"*.{layer}"])
     found = dict(plugged_layers(module))
     assert found
     for path, plugged in found.items():
@@ -139,7 +103,7 @@ def test_mixed_patterns_on_a_vit_with_fused_qkv():
     vit = timm.create_model(
         "vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=16, patch_size=8, num_classes=4
     )
-    module = train(
+    module = sparse(
         vit, torch.randn(4, 3, 16, 16), include={"*.mlp.*": "1:8", "*.attn.qkv": "2:4"}, recipe="mdgf_exponential"
     )
     for path, layer in plugged_layers(module):
@@ -150,7 +114,7 @@ def test_mixed_patterns_on_a_vit_with_fused_qkv():
 @pytest.mark.parametrize("name", ["resnext26ts", "regnety_002"])
 def test_grouped_convolutions_are_grouped_inside_their_groups(name):
     model = timm.create_model(name, num_classes=4)
-    module = train(model, torch.randn(2, 3, 32, 32), n=2, m=8, recipe="nm_oneshot", indivisible="skip")
+    module = sparse(model, torch.randn(2, 3, 32, 32), n=2, m=8, recipe="nm_oneshot", indivisible="skip")
     grouped = [layer for _, layer in plugged_layers(module) if layer.groups > 1]
     assert grouped
     for layer in grouped:

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from callback_runs import Plain, data, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qat_cases import Convolutions, Plain, data, make_trainer
+from qat_cases import Convolutions
 from torch import nn
 
 from lightning_lossplug import LossplugError

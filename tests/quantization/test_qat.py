@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
+from callback_runs import OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from qat_cases import Convolutions, OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
+from qat_cases import Convolutions
 from torch import nn
 
 from lightning_lossplug import LossplugError

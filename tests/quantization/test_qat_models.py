@@ -1,13 +1,10 @@
 """Quantised models of timm and transformers: trained through the Trainer, folded, loaded by their own libraries."""
 
-import lightning.pytorch as pl
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from qat_cases import make_trainer
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from tiny_models import GPT2, LLAMA, train
+from transformers import AutoModelForCausalLM
 
 from lightning_lossplug.callbacks import QAT
 from lightning_lossplug.integrations.artifact import export_artifact
@@ -15,39 +12,9 @@ from lightning_lossplug.quantization import integer_model
 from lightning_lossplug.quantization.integer import IntegerLayer
 from lightning_lossplug.surgery import plugged_layers, transform_of
 
-LLAMA = LlamaConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    tie_word_embeddings=True,
-)
-GPT2 = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
-
-class Wrapped(pl.LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch, batch_idx):
-        if batch.dtype == torch.long:
-            return self.model(input_ids=batch, labels=batch).loss
-        return F.cross_entropy(self.model(batch), torch.arange(len(batch)) % 10)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-3)
-
-
-def train(model, batch, **options):
-    torch.manual_seed(0)
-    module = Wrapped(model)
-    make_trainer(max_steps=3, max_epochs=-1, callbacks=[QAT(**options)]).fit(
-        module, DataLoader([batch] * 3, batch_size=None)
-    )
-    return module.eval()
+def quantised(model, batch, **options):
+    return train(model, batch, QAT(**options), lr=1e-3).eval()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +22,7 @@ def train(model, batch, **options):
     [(LLAMA, "model.layers.0.mlp.up_proj", (32, 1)), (GPT2, "transformer.h.0.mlp.c_fc", (1, 64))],
 )
 def test_transformers_loads_the_folded_weights(config, layer, shape, tmp_path):
-    module = train(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), bits_w=4, bits_a=8)
+    module = quantised(AutoModelForCausalLM.from_config(config), torch.randint(0, 64, (2, 8)), bits_w=4, bits_a=8)
     plugged = module.model.get_submodule(layer)
     assert transform_of(plugged, "quantization").quantizer.s.shape == shape  # one step per output
     weight = plugged.weight.detach()
@@ -97,7 +64,7 @@ def test_timm_models_train_and_become_integers(name, tmp_path):
     options = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2} if name.startswith("vit") else {}
     model = timm.create_model(name, num_classes=10, **options)
     batch = torch.randn(4, 3, 32, 32)
-    module = train(model, batch, bits_w=8, bits_a=8)
+    module = quantised(model, batch, bits_w=8, bits_a=8)
     export_artifact(module, tmp_path / "folded")
     plain = timm.create_model(f"local-dir:{tmp_path / 'folded'}", pretrained=True)
     for path, layer in plugged_layers(module.model):

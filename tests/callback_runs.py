@@ -1,4 +1,4 @@
-"""A module, data and a Trainer that the tests of callbacks share."""
+"""A module, data, loaders and a Trainer that the tests of callbacks share."""
 
 import lightning.pytorch as pl
 import torch
@@ -39,6 +39,43 @@ def data(n=64, batch_size=8, index=False):
     return DataLoader(TensorDataset(*columns), batch_size)
 
 
+class OrderedLoader:
+    """Batches in order, without random numbers, and where it is: a resumed run goes on in mid-epoch."""
+
+    def __init__(self):
+        self.batches = list(data())
+        self.position = self.first = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        first, self.first = self.first, 0
+        for i in range(first, len(self.batches)):
+            self.position = (i + 1) % len(self.batches)
+            yield self.batches[i]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.first = state["position"]
+
+
+class Manual(Plain):
+    """Plain, with manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+
 def make_trainer(**options):
     defaults = {
         "max_epochs": 2,
@@ -50,3 +87,13 @@ def make_trainer(**options):
         "devices": 1,
     }
     return pl.Trainer(**(defaults | options))
+
+
+def state_of(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
