@@ -145,7 +145,8 @@ def test_groups_are_found_in_language_and_vision_models():
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, tie_word_embeddings=False)).eval()
     batch = {"input_ids": torch.arange(12)[None], "use_cache": False}
     groups = find_groups(llama, [batch], lambda m, b: m(**b))
-    assert [len(group.linears) for group in groups] == [3, 2, 3, 2, 1]
+    # the output of the last norm is cut before the head reads it
+    assert [len(group.linears) for group in groups] == [3, 2, 3, 2]
     before = llama(**batch).logits
     migrate_outliers(llama, [batch], "smoothquant")
     torch.testing.assert_close(llama(**batch).logits, before, rtol=1e-4, atol=1e-4)

@@ -95,7 +95,7 @@ class AdaQuant(PostTrainingMethod):
             bias is not None and bias.requires_grad,
         )
         nearest = problem.rounded()
-        plain = problem.error(nearest)
+        plain = problem.nearest_error
         weight = _Weight(problem)
         ranges = problem.activation
         inputs = _Input(ranges) if isinstance(ranges, FakeQuant) and not ranges.symmetric else None

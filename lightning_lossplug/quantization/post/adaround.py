@@ -133,4 +133,4 @@ class AdaRound(PostTrainingMethod):
         with torch.no_grad():
             learned = layout.restore(adaround(w, v, s, z, low, high, hard=True), shape)
             nearest = problem.rounded()
-        return learned if problem.error(learned) < problem.error(nearest) else nearest
+        return learned if problem.error(learned) < problem.nearest_error else nearest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,11 @@ class LayerProblem:
         _, x, y = self._pool
         index = torch.randperm(len(x), generator=self.generator)[:batch].to(x.device)
         return x[index], y[index]
+
+    @functools.cached_property
+    def nearest_error(self) -> float:
+        """:meth:`error` of the weight rounded to nearest, on the grid and inputs of the first time it is asked for."""
+        return self.error(self.rounded())
 
     def matrix(self, value: Tensor) -> Tensor:
         """Returns a weight as rows of outputs and columns of what is summed over: ``[out, columns]``."""

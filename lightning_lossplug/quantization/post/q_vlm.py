@@ -1,4 +1,4 @@
-"""Q-VLM: which layers share a search of their ranges, by how much the entropy of one depends on the next."""
+"""Q-VLM: which layers share a search of their ranges, and the search."""
 
 from __future__ import annotations
 
@@ -28,28 +28,6 @@ def entropy_proxy(x: Tensor) -> Tensor:
     return -(p * p.clamp_min(1e-12).log()).sum(0).mean()
 
 
-def dependency_proxy(x: Tensor, following: Tensor) -> Tensor:
-    r"""Returns :math:`-\mathrm{mean} \sum p_{joint} \ln p_{cond}` of the token shares of two layers.
-
-    Token shares are averaged over channels; the joint share is the normalised product, and the conditional one is the
-    joint over the first layer's.
-
-    Args:
-        x: Inputs of a layer, ``[..., tokens, channels]``.
-        following: Inputs of the next one, with as many tokens.
-
-    Raises:
-        LossplugError: Other numbers of tokens.
-    """
-    first, second = _shares(x).mean(1), _shares(following).mean(1)
-    if first.shape != second.shape:
-        raise LossplugError(f"{len(first)} tokens and {len(second)}", where="q_vlm")
-    joint = first * second
-    joint = joint / joint.sum().clamp_min(1e-12)
-    conditional = joint / first.clamp_min(1e-12)
-    return -(joint * conditional.clamp_min(1e-12).log()).sum()
-
-
 @register(
     "function",
     "q_vlm",
@@ -63,7 +41,8 @@ def q_vlm_blocks(values: Sequence[float], every: int = 3) -> list[list[int]]:
     It also starts at every third layer, however small the value; with constant values every layer starts one.
 
     Args:
-        values: Entropy of the first layer and dependency of each next one, in order.
+        values: A number per layer, in order: the entropy (:func:`entropy_proxy`) of the first, and of every next one
+            how much it depends on the one before. The paper's estimate of the latter was not at hand in full.
         every: A layer whose number this divides starts a block, >= 1.
 
     Returns:

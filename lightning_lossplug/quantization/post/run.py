@@ -228,11 +228,14 @@ class _Walk:
         """Quantises layer after layer."""
         todo = dict(self.technique.layers)
         if self.data:
-            modules = {name: layer.candidate.layer for name, layer in todo.items()}
+            # Weights that a parent reads itself (fused experts, attention projections) have no inputs of their own.
+            modules = {
+                name: layer.candidate.layer for name, layer in todo.items() if layer.candidate.parameter == "weight"
+            }
             self.tails = find_tails(model, modules, lambda: self.forward(model, self.data[0]))
             passes = [stream(model, modules, self.data, self.forward)]
             if twin is not None:
-                twins = {name: twin.get_submodule(layer.candidate.path) for name, layer in todo.items()}
+                twins = {name: twin.get_submodule(todo[name].candidate.path) for name in modules}
                 passes.append(stream(twin, twins, self.data, self.forward))
             try:
                 for stops in zip(*passes, strict=True):
@@ -281,9 +284,9 @@ class _Walk:
                 layer.activation.eval()
                 problem.raw_inputs = problem.inputs
                 problem.inputs = [layer.activation(x) for x in problem.inputs]
-        found.nearest_error = problem.error(problem.rounded())
+        found.nearest_error = problem.nearest_error
         value = self.solver.solve(problem)
-        found.error = problem.error(value)
+        found.error = problem.error(value) if self.solver.needs_data else found.nearest_error
         self._finish(layer, problem, value)
         return found
 

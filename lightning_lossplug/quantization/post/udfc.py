@@ -17,7 +17,9 @@ def udfc_coefficients(
 ) -> Tensor:
     r"""Returns the coefficients with which a channel is best written as a sum of others.
 
-    They minimise :math:`\|V_j - \sum s_i V_i\|^2 + \alpha_1 (b_j - \sum s_i b_i)^2 + \alpha_2 \|s\|^2`. Closed form: :math:`(A^T A + \alpha_1 b b^T + \alpha_2 I)^{-1}(A^T V_j + \alpha_1 b_j b)`.
+    They minimise :math:`\|V_j - \sum s_i V_i\|^2 + \alpha_1 (b_j - \sum s_i b_i)^2 + \alpha_2 \|s\|^2`.
+
+    Closed form: :math:`(A^T A + \alpha_1 b b^T + \alpha_2 I)^{-1}(A^T V_j + \alpha_1 b_j b)`.
 
     Args:
         kept: Filters of the others behind the norm, ``[channels, weights]``: :math:`V_i = \gamma_i/\sigma_i\,W_i`.
