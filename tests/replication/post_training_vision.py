@@ -87,8 +87,8 @@ def every_layer(model):
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def runs(iters, lr):
-    learned = {"method": "adaround", "method_options": {"iters": iters, "lr": lr}}
+def runs(iters, lr, batch):
+    learned = {"method": "adaround", "method_options": {"iters": iters, "lr": lr, "batch": batch}}
     return {
         "W8A8 nearest": {"method": "rtn", "bits_w": 8, "bits_a": 8},
         "W4 nearest": {"method": "rtn", "bits_w": 4},
@@ -104,12 +104,13 @@ def runs(iters, lr):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", choices=list(runs(1, 1)), default=None)
+    parser.add_argument("--runs", nargs="+", choices=list(runs(1, 1, 1)), default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibration", type=int, default=128, help="crops")
     parser.add_argument("--test", type=int, default=256, help="crops")
     parser.add_argument("--iters", type=int, default=200, help="of AdaRound, per layer")
     parser.add_argument("--lr", type=float, default=1e-2, help="of AdaRound")
+    parser.add_argument("--batch", type=int, default=32, help="crops per step of AdaRound")
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     model, pictures = load(), photographs()
@@ -120,7 +121,7 @@ def main(argv=None):
     records = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     for seed in arguments.seeds:
         calibration = crops(known, -(-arguments.calibration // len(known)), seed)[: arguments.calibration]
-        for run, settings in runs(arguments.iters, arguments.lr).items():
+        for run, settings in runs(arguments.iters, arguments.lr, arguments.batch).items():
             if arguments.runs and run not in arguments.runs:
                 continue
             one, start = copy.deepcopy(model), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,18 +26,18 @@ def find_tails(model: nn.Module, layers: Mapping[str, nn.Module], run: Any) -> d
     """
     names = {id(layer): name for name, layer in layers.items()}
     tails: dict[str, list[nn.Module]] = {name: [] for name in layers}
-    last: dict[str, Tensor] = {}  # holding the tensors keeps their identities from being used again
+    last: dict[str, weakref.ref[Tensor]] = {}  # an identity alone might be used again by another tensor
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor):
             return
         if id(module) in names:
-            last.setdefault(names[id(module)], output)
+            last.setdefault(names[id(module)], weakref.ref(output))
         elif isinstance(module, POINTWISE) and args:
             for name, tensor in last.items():
-                if args[0] is tensor:
+                if args[0] is tensor():
                     tails[name].append(module)
-                    last[name] = output
+                    last[name] = weakref.ref(output)
                     return
 
     seen: set[int] = set()

@@ -63,13 +63,13 @@ def test_packed_file_holds_what_was_measured(model, text, tmp_path):
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert len(found["layers"]) == 14
-    assert found["tokens"] == 256
+    assert found["calibration"] == "256 tokens"
     assert found["bytes"] < found["float_bytes"] / 6
     assert all(layer["error"] <= layer["nearest_error"] * 1.2 for layer in found["layers"].values())
     net = load_packed(load_causal_lm(str(model)), tmp_path / "q" / "quantized.safetensors")
     tokens = torch.tensor([3 + i for i in range(32)])[None]
     assert net(input_ids=tokens).logits.isfinite().all()
-    assert 0.5 < found["perplexity"] / found["float_perplexity"] < 2
+    assert 0.5 < found["metrics"]["perplexity"] / found["float_metrics"]["perplexity"] < 2
     assert json.loads((tmp_path / "q" / "quantization.json").read_text()) == found
 
 
@@ -107,6 +107,19 @@ def test_dense_folder_loads_in_transformers(model, text, tmp_path):
 def test_mistakes_are_one_line(model, text, arguments, words, tmp_path):
     assert words in mistake("quantize", model, "--text", text, "-o", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_and_data_module(checkpoint, tmp_path):
+    code, out, err = run(
+        "quantize", checkpoint, "--data", "DigitsData", "--bits", "w4a8", "--method", "adaround", "--set", "iters=20",
+        "--samples", 64, "--evaluate", 2, "-o", tmp_path / "q", "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["calibration"] == "64 samples"
+    assert abs(found["metrics"]["accuracy"] - found["float_metrics"]["accuracy"]) < 0.2
+    assert (tmp_path / "q" / "quantized.safetensors").is_file()
+    assert "either text or data" in mistake("quantize", checkpoint, "-o", tmp_path / "r")
 
 
 def test_nan_during_calibration_names_the_layer(model, text, tmp_path):
