@@ -56,8 +56,8 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
-            ``activation`` (thresholds), ``quantizer``, ``teacher``, ``schedule``, ``callback``, ``model``, ``data``,
-            ``metric`` or ``exporter``.
+            ``activation`` (thresholds), ``quantizer``, ``post_training``, ``teacher``, ``schedule``,
+            ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

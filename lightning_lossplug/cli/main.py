@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "what a recipe would do to a model: layers taken, skipped, refused; size and step time",
     "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
     "export": "write a checkpoint as a plain folder for timm, transformers or torch",
+    "quantize": "a trained model in few bits, calibrated on some text or data, without training",
     "shrink-kv": "calibrate a language model for a KV cache of a fraction of the bytes",
     "sparsity": "zeros per layer, N:M patterns, and which layers 2:4 kernels can use",
     "list": "losses, recipes, schedules, callbacks, models, data, metrics, configs",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lossplug.quantization.adapt import adapt, gradient_diversity, push_down, push_up
+from lightning_lossplug.quantization.affine import Affine
 from lightning_lossplug.quantization.base import Codes, Quantizer, paused
 from lightning_lossplug.quantization.binary import (
     TBT,
@@ -19,9 +21,12 @@ from lightning_lossplug.quantization.binary import (
     reste_power,
     tbt,
 )
+from lightning_lossplug.quantization.bivit import BiViT, bivit, bivit_attention
+from lightning_lossplug.quantization.denseshift import DenseShift, denseshift
 from lightning_lossplug.quantization.dorefa import DoReFa, dorefa, dorefa_activation
 from lightning_lossplug.quantization.ewgs import EWGS, ewgs
 from lightning_lossplug.quantization.formats import ELEMENTS, MX, NVFP4, FPQuant, fp_quant, mx, nvfp4, round_element
+from lightning_lossplug.quantization.fp_advice import advise_fp_format, critical_tokens, fp_training_loss
 from lightning_lossplug.quantization.gaqat import (
     GradientAdaptiveSettings,
     GradientAdaptiveTechnique,
@@ -44,7 +49,9 @@ from lightning_lossplug.quantization.observers import (
 from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
 from lightning_lossplug.quantization.pact import PACT, pact
 from lightning_lossplug.quantization.paretoq import ParetoQ, paretoq
+from lightning_lossplug.quantization.post import allocate_bits, migrate_outliers, quantize_post_training
 from lightning_lossplug.quantization.self_compress import SelfCompress, self_compress
+from lightning_lossplug.quantization.sparse_kernel import binary_kernels, sinkhorn, sparse_kernel_bnn
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
@@ -57,9 +64,12 @@ __all__ = [
     "NVFP4",
     "PACT",
     "TBT",
+    "Affine",
     "BiPer",
+    "BiViT",
     "BinaryDM",
     "Codes",
+    "DenseShift",
     "DoReFa",
     "FPQuant",
     "FakeQuant",
@@ -75,22 +85,33 @@ __all__ = [
     "Quantizer",
     "ReSTE",
     "SelfCompress",
+    "adapt",
+    "advise_fp_format",
     "affine_parameters",
+    "allocate_bits",
+    "binary_kernels",
     "binarydm",
     "biper",
     "bits_for",
+    "bivit",
+    "bivit_attention",
     "create",
+    "critical_tokens",
+    "denseshift",
     "dorefa",
     "dorefa_activation",
     "ewgs",
     "fake_quant",
     "fp_quant",
+    "fp_training_loss",
     "gradient_disorder",
+    "gradient_diversity",
     "integer_layer",
     "integer_model",
     "integer_range",
     "lsq",
     "lsq_plus",
+    "migrate_outliers",
     "minmax_range",
     "mse_range",
     "mx",
@@ -100,11 +121,16 @@ __all__ = [
     "paretoq",
     "paused",
     "percentile_range",
+    "push_down",
+    "push_up",
+    "quantize_post_training",
     "reste",
     "reste_power",
     "round_element",
     "scale_groups",
     "self_compress",
+    "sinkhorn",
+    "sparse_kernel_bnn",
     "split_groups",
     "tbt",
     "unpack_codes",

@@ -32,6 +32,7 @@ from lightning_lossplug.quantization import (
 # Every registered quantiser with arguments for a weight, and whether it has integer codes.
 WEIGHTS = {
     "fake_quant": ({"bits": 4, "per_channel": True}, True),
+    "affine": ({"bits": 4, "per_channel": True, "symmetric": False}, True),
     "lsq": ({"bits": 3, "per_channel": True}, True),
     "lsq_plus": ({"bits": 4}, True),
     "dorefa": ({"bits": 3}, True),
@@ -41,6 +42,8 @@ WEIGHTS = {
     "biper": ({"stage": 2}, True),
     "tbt": ({"weight_bits": 2}, True),
     "binarydm": ({}, False),
+    "bivit": ({}, True),
+    "denseshift": ({"bits": 3}, True),
     "self_compress": ({"bits": 4}, True),
     "fp_quant": ({"bits": 8}, False),
     "mx": ({"elem": "fp4_e2m1"}, False),
@@ -54,6 +57,7 @@ ACTIVATIONS = {
     "dorefa": ({"bits": 4}, True),
     "ewgs": ({"bits": 4}, False),
     "reste": ({}, True),
+    "bivit": ({}, True),
     "fp_quant": ({"bits": 8}, False),
     "mx": ({}, False),
     "nvfp4": ({}, False),
