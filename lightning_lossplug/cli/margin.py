@@ -17,6 +17,7 @@ from lightning_lossplug.registry import Entry, registry
 CLASSES = 10
 SPARKS = "▁▂▃▄▅▆▇█"
 
+COSINE = 0.99  # the slope over the cosine ends in a vertical
 OTHERS = f"minus the other {CLASSES - 1}, all equal"
 # signature: what the horizontal axis is, and what stays fixed
 AXES = {
@@ -25,6 +26,7 @@ AXES = {
     "logits_pair": f"margin: student's logit {OTHERS}, where the teacher's margin is 4",
     "scores_sets": f"margin: score of the positive {OTHERS}",
     "margin_bounds": f"margin: target logit {OTHERS}, in the worst case and under attack",
+    "embeddings_labels_head": f"cosine of embedding and class, at right angles to the other {CLASSES - 1}",
     "binary_logits": "logit of a positive target",
     "regression": "error: prediction minus target",
 }
@@ -49,7 +51,7 @@ class Curve:
 
 def can_draw(entry: Entry) -> bool:
     """Tells whether a loss depends on one number that a plot can have on its axis."""
-    return entry.kind == "loss" and entry.signature in AXES
+    return entry.kind == "loss" and entry.signature in AXES and entry.name != "spherical_output_layer"
 
 
 def curve(entry: Entry, parameters: dict[str, Any], *, points: int = 241, reach: float = 8.0) -> Curve:
@@ -67,6 +69,9 @@ def curve(entry: Entry, parameters: dict[str, Any], *, points: int = 241, reach:
     names = {parameter.name for parameter in entry.parameters()}
     if "num_classes" in names:
         given.setdefault("num_classes", CLASSES)
+    if entry.signature == "embeddings_labels_head":
+        given |= {"num_classes": CLASSES, "embedding_size": CLASSES + 1}
+        reach = COSINE
     missing = [p.name for p in entry.parameters() if p.required and p.name not in given]
     if missing:
         raise LossplugError(f"loss {entry.name!r} needs {', '.join(missing)}", remedy=f"Add --set {missing[0]}=VALUE")
@@ -91,6 +96,11 @@ def _call(loss: Any, entry: Entry, x: Tensor) -> Tensor:
         # Rows weighed by their features: all alike here.
         more = {"features": torch.zeros_like(logits)} if "features" in entry.facts.get("needs", ()) else {}
         return loss(logits, first.argmax(1), **more)
+    if entry.signature == "embeddings_labels_head":
+        with torch.no_grad():
+            loss.weight.copy_(torch.eye(classes, classes + 1))
+        away = (1 - x.square()).sqrt()[:, None]
+        return loss(torch.cat([logits, away], dim=1), first.argmax(1))
     if entry.signature == "logits_soft":
         return loss(logits, first.to(x))
     if entry.signature == "logits_pair":

@@ -7,9 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError, require
-from lightning_lossplug.losses.base import Loss
+from lightning_lossplug.losses.base import Loss, check_labels
 from lightning_lossplug.losses.checks import check_floating, reduce_weighted, row_weights, upcast
 from lightning_lossplug.registry import register
+
+
+def check_targets(targets: Tensor, lengths: Tensor, classes: int, where: str) -> None:
+    """Raises an error for targets that are no class indices (beyond the lengths of [N, S] anything may stand)."""
+    if targets.is_floating_point() or targets.dtype == torch.bool or targets.ndim not in (1, 2):
+        raise LossplugError(
+            f"targets are {tuple(targets.shape)} of {targets.dtype}, expected class indices [N, S] or one row of all",
+            where=where,
+        )
+    if targets.ndim == 2 and len(targets) != len(lengths):
+        raise LossplugError(f"targets {tuple(targets.shape)} for {len(lengths)} sequences", where=where)
+    if targets.device.type == "cpu" and targets.ndim == 2:
+        places = torch.arange(targets.shape[1])
+        targets = targets[places < lengths.cpu()[:, None]]
+    check_labels(targets.reshape(-1), classes, 0, where)
 
 
 @register(
@@ -59,6 +74,7 @@ class CTC(Loss):
 
         Raises:
             LossplugError: Shapes or dtypes that don't fit.
+            LabelError: A target outside the classes (checked on CPU).
         """
         check_floating("ctc", log_probs=log_probs)
         if log_probs.ndim != 3:
@@ -72,6 +88,7 @@ class CTC(Loss):
             )
         if not 0 <= self.blank < log_probs.shape[2]:
             raise LossplugError(f"blank is {self.blank} for {log_probs.shape[2]} classes", where="ctc")
+        check_targets(targets, lengths, log_probs.shape[2], "ctc")
         with torch.autocast(log_probs.device.type, enabled=False):
             lp = upcast(log_probs)
             how = reduction or self.reduction
@@ -137,6 +154,7 @@ class RNNT(Loss):
             raise LossplugError(f"logits {tuple(logits.shape)}, expected [N, T, S + 1, C]", where="rnnt")
         if len(logits) == 0:
             return reduce_weighted(upcast(logits).new_zeros(0), None, reduction or self.reduction, upcast(logits))
+        check_targets(targets, torch.as_tensor(target_lengths), logits.shape[3], "rnnt")
         functional = require("torchaudio.functional", "speech", "rnnt")
         with torch.autocast(logits.device.type, enabled=False):
             rows = functional.rnnt_loss(

@@ -68,11 +68,11 @@ class _LogitStats(torch.autograd.Function):
         z, y, u, lse = ctx.saved_tensors
         g_lse, g_target, g_sum, g_sumsq = (None if g is None else g[:, None] for g in grads)
         grad = (z - lse[:, None]).exp() * g_lse
-        grad = grad.scatter_add(1, y[:, None], g_target)
+        grad.scatter_add_(1, y[:, None], g_target)
         if g_sum is not None:
-            grad = grad + g_sum * (1 if u is None else u)
+            grad = grad.add_(g_sum) if u is None else grad.addcmul_(g_sum, u)
         if g_sumsq is not None:
-            grad = grad + 2 * g_sumsq * z
+            grad = grad.addcmul_(g_sumsq, z, value=2)
         return grad, None, None, None, None
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses import create
+from lightning_lossplug.losses import LabelError, create
 
 
 @pytest.fixture
@@ -53,6 +53,16 @@ def test_ctc_impossible_targets_and_bad_input(speech):
         create("ctc")(z, y, short[:2], lengths)
     with pytest.raises(LossplugError, match="blank"):
         create("ctc", blank=4)(z, y, short, lengths)
+    for label in (-1, 4):  # torch reads beyond its memory there
+        with pytest.raises(LabelError, match=f"label {label} is outside"):
+            create("ctc")(z, y.index_fill(1, torch.tensor([0]), label), short, lengths)
+    with pytest.raises(LabelError):
+        create("ctc")(z, torch.tensor([1, 2, 3, 3, 9]), short, lengths)
+    padded = torch.where(torch.arange(2) < lengths[:, None], y, -100)
+    torch.testing.assert_close(create("ctc")(z, padded, short, lengths), create("ctc")(z, y, short, lengths))
+    for bad in (y.double(), y[:2], y[None]):
+        with pytest.raises(LossplugError, match="targets"):
+            create("ctc")(z, bad, short, lengths)
 
 
 def lattice(lp, y, frames, length, blank):
