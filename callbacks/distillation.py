@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lossplug.callbacks.distillation_base import (
     DistillationCallback,
@@ -16,13 +17,16 @@ from lightning_lossplug.callbacks.distillation_base import (
     named_teacher,
     schedule_of,
 )
+from lightning_lossplug.callbacks.distillation_split import SplitGradients
 from lightning_lossplug.distillation import DHKD, DistillationLoss, FeatureLoss, OnlineLoss, create
 from lightning_lossplug.distillation.dhkd import auxiliary_head
 from lightning_lossplug.distillation.large_vocabulary import OutputHead, fused_loss, fused_options, output_head
 from lightning_lossplug.distillation.networks import fingerprint, freeze, to_eval
 from lightning_lossplug.distillation.signals import align, check_teacher_logits, logits_of, targets_of
 from lightning_lossplug.distillation.taps import INPUT, Call, Tap, all_armed
+from lightning_lossplug.distillation.two_gradients import AlignScope
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.losses.checks import check_choice
 from lightning_lossplug.registry import registry
 
 
@@ -56,6 +60,10 @@ class Distillation(DistillationCallback):
             hidden states in chunks; the teacher's logits are never formed. With ``SwapLoss(..., fused=True)`` beside
             it the student's aren't either.
         lr_scale: Learning rate of what the losses train, over the module's.
+        dot_delta: For modules trained by SGD with momentum: the steps of ``dot``, with more momentum for the
+            distillation and less for the task; 0.075 to start with. One more backward pass.
+        align: Project conflicts with the task out of the distillation's gradient, as ``dhkd`` may: ``all`` (as in its
+            code) or ``shared``, see :func:`~lightning_lossplug.distillation.align_gradients`. One more backward pass.
         agreement: Log, at each validation, how often student and teacher agree and how often the teacher is right; it
             costs a forward pass of the teacher. Logits have the classes last.
 
@@ -85,6 +93,8 @@ class Distillation(DistillationCallback):
         shift: bool | None = None,
         fused: bool = False,
         lr_scale: float = 1.0,
+        dot_delta: float | None = None,
+        align: AlignScope | None = None,
         agreement: bool = False,
     ) -> None:
         super().__init__(
@@ -124,6 +134,10 @@ class Distillation(DistillationCallback):
         self.any_vocabulary = bool(self.loss is not None and _facts(self.loss).get("any_vocabulary"))
         self.teacher: nn.Module | None = self._make_teacher(teacher, teacher_kwargs)
         self.trained = nn.ModuleDict()
+        if align is not None:
+            check_choice(self.where, "align", align, get_args(AlignScope))
+        self._split = None if dot_delta is align is None else SplitGradients(self.where, dot_delta, align)
+        self._split_state: dict[str, Any] | None = None
         self._student_features: list[Tap] = []
         self._teacher_features: list[Tap] = []
         self._head_tap: Tap | None = None
@@ -182,7 +196,28 @@ class Distillation(DistillationCallback):
         self._teacher_features = taps
         if self.feature_loss is not None:
             self.feature_loss.to(pl_module.device)
+        if self._split is not None:
+            self._split.start(trainer, pl_module)
+            if self._split_state is not None:
+                self._split.load_state_dict(self._split_state)
+                self._split_state = None
         self._first = True
+
+    def on_term(self, trainer: Trainer, term: Tensor) -> None:
+        """Takes the distillation's own gradient, where it is asked for."""
+        if self._split is not None:
+            self._split.take(term, trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Steps what the losses train, and gives the module's optimizer its gradients."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._split is not None:
+            self._split.act(trainer)
+
+    def after_step(self) -> None:
+        """Gives the optimizer its settings back."""
+        if self._split is not None:
+            self._split.after_step()
 
     def _check_fingerprint(self) -> None:
         assert self.teacher is not None
@@ -302,22 +337,26 @@ class Distillation(DistillationCallback):
     # --- checkpoint and end ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Also which teacher it was."""
-        return {**super().state_dict(), "fingerprint": self._fingerprint}
+        """Also which teacher it was, and the velocities of ``dot_delta``."""
+        split = {} if self._split is None else {"split": self._split.state_dict()}
+        return {**super().state_dict(), "fingerprint": self._fingerprint, **split}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps :meth:`state_dict` until the objects exist."""
         super().load_state_dict(state_dict)
         self._fingerprint = state_dict["fingerprint"]
+        self._split_state = state_dict.get("split")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hooks the student and wraps the training step of a fit."""
         if stage == "fit":
-            self._fingerprint, self._first = None, True
+            self._fingerprint, self._first, self._split_state = None, True, None
         super().setup(trainer, pl_module, stage)
 
     def _detach(self, pl_module: LightningModule) -> None:
         super()._detach(pl_module)
+        if self._split is not None:
+            self._split.after_step()
         for tap in self._teacher_features:
             tap.remove()
         for p in self._had_grad:

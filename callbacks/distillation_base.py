@@ -104,6 +104,9 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
     def loss_module(self) -> nn.Module:
         """The loss whose temperature a schedule moves."""
 
+    def on_term(self, trainer: Trainer, term: Tensor) -> None:
+        """Gets the term before the backward pass."""
+
     def feature_taps(self, root: nn.Module) -> list[Tap]:
         """Further taps on the student's network."""
         return []
@@ -199,6 +202,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
             assert self._student_tap is not None
             loss = output["loss"] if isinstance(output, dict) else output
             total = self.term(trainer, pl_module, self._student_tap.last(), batch)
+            self.on_term(trainer, total)
             ce = self.value(self.ce_weight, trainer)
             total = (loss if ce == 1 else ce * loss) + total
             for tap in self._taps:

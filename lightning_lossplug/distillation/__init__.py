@@ -31,6 +31,7 @@ from lightning_lossplug.distillation.rkd import RKD
 from lightning_lossplug.distillation.switokd import SwitOKD
 from lightning_lossplug.distillation.topk_logits import TopKLogits, top_logits
 from lightning_lossplug.distillation.ttm import TTM, WTTM
+from lightning_lossplug.distillation.two_gradients import DOT, align_gradients
 from lightning_lossplug.distillation.uld import ULD
 from lightning_lossplug.errors import LossplugError, suggestion
 from lightning_lossplug.registry import registry
@@ -44,6 +45,7 @@ __all__ = [
     "DIST",
     "DKD",
     "DML",
+    "DOT",
     "GKD",
     "KD",
     "KDCL",
@@ -69,6 +71,7 @@ __all__ = [
     "ReviewKD",
     "SwitOKD",
     "TopKLogits",
+    "align_gradients",
     "create",
     "names",
     "spaced_layers",
