@@ -8,6 +8,7 @@ from pathlib import Path
 
 import calibration
 import common
+import distillation_vision
 import label_noise
 import long_tail
 import nm_recipes
@@ -203,3 +204,14 @@ def test_recipes_end_with_their_zeros(root, output):
     assert results["nm_srste"]["zeros"] == pytest.approx(0.875)
     assert results["mdgf_exponential"]["zeros"] == pytest.approx(0.875)
     assert "1:8, last epoch" in output.with_suffix(".md").read_text()
+
+
+def test_students_and_teachers(root, output):
+    methods = ["alone", "DOT (KD, delta 0.075)", "DHKD, nonlinear, aligned", "BD-KD"]
+    own = ["--methods", *methods, "--limit", "300", "--times", "2"]
+    distillation_vision.main(["--root", root, "--output", str(output), *TINY, *own])
+    results = {r["run"]["method"]: r["result"] for r in records(output)}
+    assert set(results) == set(methods)
+    assert len({r["student nll"] for r in results.values()}) == len(methods)
+    assert results["alone"]["teacher nll"] == results["DOT (KD, delta 0.075)"]["teacher nll"]  # one frozen teacher
+    assert all(f"| {name} |" in output.with_suffix(".md").read_text() for name in methods)
