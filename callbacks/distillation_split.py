@@ -67,26 +67,8 @@ class SplitGradients:
         Raises:
             LossplugError: The graph can't be differentiated twice.
         """
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scale_of(scaler) is None else scale_of(scaler)
-        learned = [p for p in self.parameters if p.requires_grad]
-        found: tuple[Tensor | None, ...] = (None,) * len(learned)
-        if term.requires_grad:
-            try:
-                found = torch.autograd.grad(term * scale, learned, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                raise LossplugError(
-                    f"the distillation's own gradient can't be taken ({str(error).splitlines()[0]})",
-                    where=self.where,
-                    remedy="Use non-reentrant checkpointing and no compiled network, or leave dot_delta and align out",
-                ) from None
-        by_id = {id(p): g for p, g in zip(learned, found, strict=True)}
-        factor = 1 / (scale * trainer.accumulate_grad_batches)  # type: ignore[operator]
-        fresh = [None if (g := by_id.get(id(p))) is None else g.detach() * factor for p in self.parameters]
-        if not self.parts:
-            self.parts = fresh
-            return
-        self.parts = [b if a is None else a if b is None else a + b for a, b in zip(self.parts, fresh, strict=True)]
+        fresh = term_gradients(term, self.parameters, trainer, self.where, 1 / trainer.accumulate_grad_batches)
+        self.parts = added(self.parts, fresh)
 
     @torch.no_grad()
     def act(self, trainer: Trainer) -> None:
@@ -94,11 +76,8 @@ class SplitGradients:
         parts, self.parts = self.parts, []
         if not parts:
             return
-        if several_processes():
-            for g in parts:
-                if g is not None:
-                    dist.all_reduce(g)
-                    g.div_(dist.get_world_size())
+        for g in summed(parts):
+            g.div_(dist.get_world_size() if several_processes() else 1)
         totals = [p.grad for p in self.parameters]
         held = [g for g in (*totals, *parts) if g is not None]
         if scale_of(getattr(trainer.precision_plugin, "scaler", None)) is not None and not all(
@@ -139,6 +118,114 @@ class SplitGradients:
         if "parts" in state:
             mine = state["parts"][dist.get_rank() if several_processes() else 0]
             self.parts = [None if g is None else g.to(p) for g, p in zip(mine, self.parameters, strict=True)]
+
+
+class WindowMean:
+    """Makes the distillation a mean over all tokens of an accumulation window and all processes, exactly.
+
+    The backward pass gives the mean of the micro-batches' means. Beside it every micro-batch's own gradient is summed
+    once weighted by its tokens, and the difference is put right before the step.
+
+    Args:
+        where: Who asks, for messages.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.parameters: list[nn.Parameter] = []
+        self.plain: list[Tensor | None] = []
+        self.weighted: list[Tensor | None] = []
+        self.tokens: Tensor | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Finds the parameters."""
+        self.parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        self.plain, self.weighted, self.tokens = [], [], None
+
+    def take(self, term: Tensor, tokens: Tensor, trainer: Trainer) -> None:
+        """Adds the gradient of one micro-batch's term, a mean over so many tokens."""
+        found = term_gradients(term, self.parameters, trainer, self.where, 1.0)
+        window = trainer.accumulate_grad_batches
+        self.plain = added(self.plain, [None if g is None else g / window for g in found])
+        self.weighted = added(self.weighted, [None if g is None else g * tokens.to(g) for g in found])
+        count = tokens.detach().double()
+        self.tokens = count if self.tokens is None else self.tokens + count
+
+    @torch.no_grad()
+    def act(self) -> None:
+        """Puts the gradients right."""
+        if self.tokens is None:
+            return
+        plain, weighted, tokens = self.plain, self.weighted, self.tokens
+        self.plain, self.weighted, self.tokens = [], [], None
+        processes = dist.get_world_size() if several_processes() else 1
+        summed([*plain, *weighted])
+        if processes > 1:
+            dist.all_reduce(tokens)
+        for p, naive, exact in zip(self.parameters, plain, weighted, strict=True):
+            if p.grad is not None and naive is not None and exact is not None:
+                p.grad.add_(exact / tokens.clamp(min=1).to(exact) - naive / processes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of an unfinished window, of every process."""
+        if self.tokens is None:
+            return {}
+        mine = {"plain": self.plain, "weighted": self.weighted, "tokens": self.tokens}
+        ranks: list[Any] = [mine]
+        if several_processes():
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`, after :meth:`start`."""
+        if "ranks" not in state:
+            return
+        mine = state["ranks"][dist.get_rank() if several_processes() else 0]
+        pairs = [zip(mine[name], self.parameters, strict=True) for name in ("plain", "weighted")]
+        self.plain, self.weighted = ([None if g is None else g.to(p) for g, p in pair] for pair in pairs)
+        self.tokens = mine["tokens"].to(self.parameters[0].device)
+
+
+def term_gradients(
+    term: Tensor, parameters: list[nn.Parameter], trainer: Trainer, where: str, factor: float
+) -> list[Tensor | None]:
+    """Returns the gradient of a term, times a factor, free of a GradScaler's scale; its graph stays.
+
+    Raises:
+        LossplugError: The graph can't be differentiated twice.
+    """
+    scale = scale_of(getattr(trainer.precision_plugin, "scaler", None)) or 1.0
+    learned = [p for p in parameters if p.requires_grad]
+    found: tuple[Tensor | None, ...] = (None,) * len(learned)
+    if term.requires_grad:
+        try:
+            found = torch.autograd.grad(term * scale, learned, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise LossplugError(
+                f"the distillation's own gradient can't be taken ({str(error).splitlines()[0]})",
+                where=where,
+                remedy="Use non-reentrant checkpointing and no compiled network, or leave dot_delta, align and "
+                "normalize out",
+            ) from None
+    by_id = {id(p): g for p, g in zip(learned, found, strict=True)}
+    return [None if (g := by_id.get(id(p))) is None else g.detach() * (factor / scale) for p in parameters]
+
+
+def added(sums: list[Tensor | None], fresh: list[Tensor | None]) -> list[Tensor | None]:
+    """Returns sums of gradients, one more added."""
+    if not sums:
+        return fresh
+    return [b if a is None else a if b is None else a + b for a, b in zip(sums, fresh, strict=True)]
+
+
+def summed(gradients: list[Tensor | None]) -> list[Tensor]:
+    """Sums gradients over processes in place; returns those that there are."""
+    held = [g for g in gradients if g is not None]
+    if several_processes():
+        for g in held:
+            dist.all_reduce(g)
+    return held
 
 
 def scale_of(scaler: Any) -> float | None:
