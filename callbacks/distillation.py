@@ -10,23 +10,37 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_lossplug.callbacks.distillation_base import (
-    DistillationCallback,
     Pick,
     Scheduled,
     named_teacher,
     schedule_of,
 )
-from lightning_lossplug.distillation import DHKD, DistillationLoss, FeatureLoss, OnlineLoss, create
+from lightning_lossplug.callbacks.distillation_reading import classifier_path, facts, tensor_of
+from lightning_lossplug.callbacks.distillation_steps import Normalize, StepwiseDistillation
+from lightning_lossplug.distillation import (
+    CRD,
+    DHKD,
+    CachedTeacher,
+    DistillationLoss,
+    FeatureLoss,
+    OnlineLoss,
+    StoredTop,
+    TopKLogits,
+    create,
+)
 from lightning_lossplug.distillation.dhkd import auxiliary_head
 from lightning_lossplug.distillation.large_vocabulary import OutputHead, fused_loss, fused_options, output_head
+from lightning_lossplug.distillation.layer_pairs import pairs_by_depth
 from lightning_lossplug.distillation.networks import fingerprint, freeze, to_eval
+from lightning_lossplug.distillation.on_policy import OnPolicy
+from lightning_lossplug.distillation.sample_ids import content_ids, main_input
 from lightning_lossplug.distillation.signals import align, check_teacher_logits, logits_of, targets_of
 from lightning_lossplug.distillation.taps import INPUT, Call, Tap, all_armed
+from lightning_lossplug.distillation.two_gradients import AlignScope
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.registry import registry
 
 
-class Distillation(DistillationCallback):
+class Distillation(StepwiseDistillation):
     """Adds a distillation term from a frozen teacher to an unedited module.
 
     The teacher is called with what the student's network was called with (the same augmented images), without
@@ -36,7 +50,8 @@ class Distillation(DistillationCallback):
     ``dhkd``) has an optimizer like the module's, stepping with it, and is in the checkpoint under the callback.
 
     Args:
-        teacher: A network, or ``timm:NAME``, ``hf:NAME``, ``checkpoint:FILE``, ``artifact:FOLDER``.
+        teacher: A network, or ``timm:NAME``, ``hf:NAME``, ``checkpoint:FILE``, ``artifact:FOLDER``, or the answers of
+            one that was run before, ``cache:FOLDER`` (``lossplug cache-teacher``).
         loss: Name of a loss of logits, or an object; null for features only.
         parameters: Parameters of a loss given by name.
         teacher_kwargs: Arguments for a teacher given by name.
@@ -46,7 +61,8 @@ class Distillation(DistillationCallback):
         feature_loss: Name of a loss of features, or an object.
         feature_parameters: Its parameters, if given by name.
         feature_weight: Factor of the loss of features; benchmarks: ``fitnet`` 100, ``at`` 1000, ``rkd`` 1.
-        layers: Path in the student's network -> path in the teacher, ``input:PATH`` for what a layer gets.
+        layers: Path in the student's network -> path in the teacher, ``input:PATH`` for what a layer gets; or a number:
+            so many blocks at equal depths, for networks with one stack of blocks, as transformers are.
         student: Path of the sub-module that returns the logits; None: the only child with parameters.
         inputs_from: Path of the sub-module whose arguments the teacher gets; None: ``student``.
         output: Where the logits are in what the networks return: key, position or function; None finds them.
@@ -56,6 +72,16 @@ class Distillation(DistillationCallback):
             hidden states in chunks; the teacher's logits are never formed. With ``SwapLoss(..., fused=True)`` beside
             it the student's aren't either.
         lr_scale: Learning rate of what the losses train, over the module's.
+        dot_delta: For modules trained by SGD with momentum: the steps of ``dot``, with more momentum for the
+            distillation and less for the task; 0.075 to start with. One more backward pass.
+        align: Project conflicts with the task out of the distillation's gradient, as ``dhkd`` may: ``all`` (as in its
+            code) or ``shared``, see :func:`~lightning_lossplug.distillation.align_gradients`. One more backward pass.
+        normalize: ``batch``: the loss is the mean over the tokens of each batch of each process, so that a window of
+            accumulated batches is a mean of means; ``window``: over all tokens of the window and all processes,
+            exactly. That takes one more backward pass where batches are accumulated.
+        on_policy: For language models: the share of steps in which the student learns from completions it samples
+            itself, or an :class:`~lightning_lossplug.distillation.OnPolicy` with all settings. In those steps the
+            module's own loss doesn't count. Batches have ``input_ids``, and ``labels`` of -100 on the prompts.
         agreement: Log, at each validation, how often student and teacher agree and how often the teacher is right; it
             costs a forward pass of the teacher. Logits have the classes last.
 
@@ -77,7 +103,7 @@ class Distillation(DistillationCallback):
         feature_loss: str | FeatureLoss | None = None,
         feature_parameters: dict[str, Any] | None = None,
         feature_weight: Scheduled = 1.0,
-        layers: dict[str, str] | None = None,
+        layers: dict[str, str] | int | None = None,
         student: str | None = None,
         inputs_from: str | None = None,
         output: Pick = None,
@@ -85,6 +111,10 @@ class Distillation(DistillationCallback):
         shift: bool | None = None,
         fused: bool = False,
         lr_scale: float = 1.0,
+        dot_delta: float | None = None,
+        align: AlignScope | None = None,
+        normalize: Normalize = "batch",
+        on_policy: float | OnPolicy | None = None,
         agreement: bool = False,
     ) -> None:
         super().__init__(
@@ -111,19 +141,31 @@ class Distillation(DistillationCallback):
                 )
             feature_loss = made
         self.feature_loss, self.feature_weight = feature_loss, schedule_of(feature_weight)
-        self.layers = dict(layers or {})
+        self.depths = layers if isinstance(layers, int) else None
+        self.layers = dict(layers) if isinstance(layers, dict) else {}
         if self.loss is None and feature_loss is None:
             raise LossplugError("neither loss nor feature_loss is given", where=self.where)
-        if (feature_loss is not None) != bool(self.layers):
+        if (feature_loss is not None) != bool(layers):
             raise LossplugError("feature_loss and layers go together", where=self.where)
         if self.temperature is not None and not hasattr(self.loss, "temperature"):
             raise LossplugError(f"{loss!r} has no temperature", where=self.where)
         self.fused = fused
         if fused:
             fused_options(self.loss)
-        self.any_vocabulary = bool(self.loss is not None and _facts(self.loss).get("any_vocabulary"))
+        self.any_vocabulary = bool(self.loss is not None and facts(self.loss).get("any_vocabulary"))
         self.teacher: nn.Module | None = self._make_teacher(teacher, teacher_kwargs)
+        if isinstance(self.teacher, CachedTeacher):
+            self._check_cache(self.teacher, agreement)
+        elif isinstance(self.loss, TopKLogits):
+            raise LossplugError(
+                "topk_logits is for a cache of the k largest log-probabilities",
+                where=self.where,
+                remedy="Give teacher='cache:FOLDER', made with lossplug cache-teacher --top-k, or another loss",
+            )
         self.trained = nn.ModuleDict()
+        self.set_steps(dot_delta, align, normalize, on_policy, feature_loss is None and self.loss is not None)
+        if self.sampler is not None and isinstance(self.teacher, CachedTeacher):
+            raise LossplugError("on_policy needs a teacher that runs, not its stored logits", where=self.where)
         self._student_features: list[Tap] = []
         self._teacher_features: list[Tap] = []
         self._head_tap: Tap | None = None
@@ -136,6 +178,20 @@ class Distillation(DistillationCallback):
 
     def _make_teacher(self, teacher: Any, options: dict[str, Any] | None) -> nn.Module | None:
         return named_teacher(teacher, options, self.where)
+
+    def _check_cache(self, cache: CachedTeacher, agreement: bool) -> None:
+        asked = {"feature_loss": self.feature_loss is not None, "fused": self.fused, "agreement": agreement}
+        for name, given in asked.items():
+            if given:
+                raise LossplugError(
+                    f"{name} needs a teacher that runs, not its stored logits", where=self.where, remedy="Leave it out"
+                )
+        if (cache.k is not None) != isinstance(self.loss, TopKLogits):
+            what = "all logits" if cache.k is None else f"the {cache.k} largest of {cache.classes} log-probabilities"
+            remedy = (
+                "Use another loss" if cache.k is None else "Use loss='topk_logits', or make a cache without --top-k"
+            )
+            raise LossplugError(f"{cache.folder} holds {what}", where=self.where, remedy=remedy)
 
     @property
     def loss_module(self) -> nn.Module:
@@ -152,6 +208,9 @@ class Distillation(DistillationCallback):
 
     def feature_taps(self, root: nn.Module) -> list[Tap]:
         """Taps on the student's features and, for a second head, on the input of its classifier."""
+        if self.depths is not None:
+            assert self.teacher is not None
+            self.layers = pairs_by_depth(root, self.teacher, self.depths)
         self._student_features = [Tap(root, path, self.where) for path in self.layers]
         found = list(self._student_features)
         if isinstance(self.loss, DHKD):
@@ -182,11 +241,15 @@ class Distillation(DistillationCallback):
         self._teacher_features = taps
         if self.feature_loss is not None:
             self.feature_loss.to(pl_module.device)
+            read = getattr(self.feature_loss, "read_teacher", None)
+            if read is not None:
+                read([tap.module for tap in taps])
+        self.start_steps(trainer, pl_module)
         self._first = True
 
     def _check_fingerprint(self) -> None:
         assert self.teacher is not None
-        now = fingerprint(self.teacher)
+        now = self.teacher.fingerprint if isinstance(self.teacher, CachedTeacher) else fingerprint(self.teacher)
         if self._fingerprint is not None and self._fingerprint != now:
             raise LossplugError(
                 f"the run was started with the teacher {self._fingerprint}, this one is {now}",
@@ -199,6 +262,8 @@ class Distillation(DistillationCallback):
         """Returns what the teacher says about the student's input."""
         assert self.teacher is not None
         args, kwargs = self.teacher_call()
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher(*args, sample_ids=self._sample_ids, **kwargs)
         if hasattr(self.teacher, "config"):
             kwargs.pop("labels", None)  # a transformers model would compute a loss nobody reads
         if self.teacher.training:
@@ -218,20 +283,28 @@ class Distillation(DistillationCallback):
         if self.loss is not None:
             weight = self.value(self.weight, trainer)
             value = self._fused_loss(call, answer, batch) if self.fused else self._logit_loss(call, answer, batch)
+            value = self.normalized(value, trainer)
             parts.append(weight * value)
             self.logs |= {"kd": value.detach(), "weight": torch.tensor(weight)}
         if self.feature_loss is not None:
-            ours = [_tensor(tap) for tap in self._student_features]
-            theirs = [_tensor(tap) for tap in self._teacher_features]
+            ours = [tensor_of(tap) for tap in self._student_features]
+            theirs = [tensor_of(tap) for tap in self._teacher_features]
             for tap in self._teacher_features:
                 tap.forget()
             self._build("features", lambda: self._build_features(ours, theirs))
             weight = self.value(self.feature_weight, trainer)
-            value = self.feature_loss(ours, theirs)
+            options = {}
+            if isinstance(self.feature_loss, CRD):
+                options["index"] = self.feature_loss.places(self._ids())
+            value = self.feature_loss(ours, theirs, **options)
             parts.append(weight * value)
             self.logs |= {"features": value.detach(), "feature_weight": torch.tensor(weight)}
         self._first = False
         return torch.stack(parts).sum()
+
+    def _ids(self) -> Tensor:
+        """Returns the ids of the batch's samples: the data set's, or hashes of what they hold."""
+        return content_ids(*main_input(*self.teacher_call())) if self._sample_ids is None else self._sample_ids
 
     _must_be_trained = True  # a frozen teacher that says the same of every sample was not loaded
 
@@ -239,17 +312,40 @@ class Distillation(DistillationCallback):
         assert self.loss is not None
         assert self._heads is not None
         assert self._head_tap is not None
-        hidden, target = _tensor(self._head_tap), targets_of(batch, call.kwargs, self.targets)
+        hidden, target = tensor_of(self._head_tap), targets_of(batch, call.kwargs, self.targets)
         attention = call.kwargs.get("attention_mask")
         found = align(hidden, [answer.last_hidden_state], target, attention, self._shifts, True)
         mask = found.mask
         if found.target is not None and found.target.shape == found.student.shape[:-1]:
             valid = found.target != -100
             mask = valid if mask is None else mask & valid
+        self._count(found.student, mask, None)
         return fused_loss(self.loss, found.student, found.teachers[0], *self._heads, mask)
+
+    def _stored_loss(self, call: Call, answer: StoredTop, batch: Any) -> Tensor:
+        assert isinstance(self.loss, TopKLogits)
+        assert isinstance(self.teacher, CachedTeacher)
+        z = logits_of(call.output, self.output, "the student")
+        if z.shape[-1] != self.teacher.classes:
+            raise LossplugError(
+                f"the student ({type(self.student_network).__name__}) has {z.shape[-1]} outputs, the teacher of the "
+                f"cache ({self.teacher.manifest['teacher'].split()[0]}) {self.teacher.classes}",
+                where=self.where,
+                remedy="Both need the same classes or vocab_size (which is not the length of the tokenizer)",
+            )
+        target, attention = targets_of(batch, call.kwargs, self.targets), call.kwargs.get("attention_mask")
+        found = align(z, list(answer), target, attention, self._shifts, True)
+        target = found.target if found.tokens else None
+        if target is not None and target.shape != found.student.shape[:-1]:
+            target = None
+        self._count(found.student, found.mask, target)
+        ids, log_probs, rest = found.teachers
+        return self.loss(found.student, ids, log_probs, target, rest=rest, mask=found.mask)
 
     def _logit_loss(self, call: Call, answer: Any, batch: Any) -> Tensor:
         assert self.loss is not None
+        if isinstance(answer, StoredTop):
+            return self._stored_loss(call, answer, batch)
         name = f"the teacher {type(self.teacher).__name__}"
         z_t = logits_of(answer, self.output, name)
         if self._first or z_t.device.type == "cpu":
@@ -259,7 +355,7 @@ class Distillation(DistillationCallback):
         z_s, (z_t,) = found.student, found.teachers
         if isinstance(self.loss, DHKD):
             assert self._head_tap is not None
-            feature = _tensor(self._head_tap)
+            feature = tensor_of(self._head_tap)
             if found.tokens and self._shifts:
                 feature = feature[:, :-1]
             self._build("head", lambda: self._build_head(feature, z_s.shape[-1]))
@@ -271,7 +367,18 @@ class Distillation(DistillationCallback):
         mask = found.mask
         if self.any_vocabulary and index is not None:
             mask = index != -100 if mask is None else mask & (index != -100)
+        self._count(z_s, mask, index)
         return self.loss(z_s, z_t, index, mask=mask)
+
+    def _count(self, logits: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
+        """Keeps how many rows the loss is a mean of."""
+        if self.normalize == "batch":
+            return
+        shape = logits.shape[:-1]
+        keep = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
+        if target is not None and target.shape == shape and not target.is_floating_point():
+            keep = keep & (target != getattr(self.loss, "ignore_index", -100))
+        self._rows = keep.sum()
 
     # --- what the losses train, made when the shapes are known ---
 
@@ -324,34 +431,3 @@ class Distillation(DistillationCallback):
             p.requires_grad_(True)
         self._student_features, self._teacher_features, self._had_grad = [], [], []
         self._head_tap, self._heads, self._trainer = None, None, None
-
-
-def classifier_path(network: nn.Module, where: str) -> str:
-    """Returns the path of a network's classifier: timm's ``get_classifier``, else its last linear layer.
-
-    Raises:
-        LossplugError: It has none.
-    """
-    getter = getattr(network, "get_classifier", None)
-    if callable(getter):
-        head = getter()
-        path = next((name for name, m in network.named_modules() if m is head), None)
-        if path and isinstance(head, nn.Linear):
-            return path
-    linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and name]
-    if not linear:
-        raise LossplugError(f"{type(network).__name__} has no linear classifier", where=where)
-    return linear[-1]
-
-
-def _tensor(tap: Tap) -> Tensor:
-    value = tap.last().output
-    value = value[0] if isinstance(value, (tuple, list)) and value else value
-    if not isinstance(value, Tensor):
-        raise LossplugError(f"{tap.path!r} gave {type(value).__name__}, expected a tensor", where=tap.where)
-    return value
-
-
-def _facts(loss: nn.Module) -> dict[str, Any]:
-    entry = next((e for e in registry if e.kind == "loss" and e.factory is type(loss)), None)
-    return entry.facts if entry else {}

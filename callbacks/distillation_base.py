@@ -18,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
 from lightning_lossplug.callbacks.teacher_agreement import AgreementLog
+from lightning_lossplug.distillation.base import check_temperature
 from lightning_lossplug.distillation.networks import check_apart
+from lightning_lossplug.distillation.sample_ids import Identified
 from lightning_lossplug.distillation.signals import Signals, align, logits_of, predicts_next_token, targets_of
 from lightning_lossplug.distillation.taps import Call, Tap, all_armed, find_student
 from lightning_lossplug.errors import LossplugError
@@ -51,7 +53,7 @@ def named_teacher(teacher: nn.Module | str, options: dict[str, Any] | None, wher
         raise LossplugError(
             f"the teacher {teacher!r} has no kind",
             where=where,
-            remedy="Write timm:NAME, hf:NAME, checkpoint:FILE or artifact:FOLDER",
+            remedy="Write timm:NAME, hf:NAME, checkpoint:FILE, artifact:FOLDER or cache:FOLDER",
         )
     with torch.random.fork_rng(devices=[]):  # the student's run draws the same numbers with and without a teacher
         return registry.get("teacher", kind).load()(name, **(options or {}))
@@ -93,6 +95,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         self._handles: list[RemovableHandle] = []
         self._stepped = False
         self._shifts = False
+        self._sample_ids: Tensor | None = None
 
     # --- what a subclass says ---
 
@@ -104,6 +107,13 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
     @abstractmethod
     def loss_module(self) -> nn.Module:
         """The loss whose temperature a schedule moves."""
+
+    def rewrite(self, trainer: Trainer, batch: Any) -> tuple[Any, bool]:
+        """Returns the batch of the step, and whether the student wrote it: then the module's loss doesn't count."""
+        return batch, False
+
+    def on_term(self, trainer: Trainer, term: Tensor) -> None:
+        """Gets the term before the backward pass."""
 
     def feature_taps(self, root: nn.Module) -> list[Tap]:
         """Further taps on the student's network."""
@@ -192,16 +202,22 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
 
     def _training_step(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         def training_step(inner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self._sample_ids = None
+            if isinstance(batch, Identified):  # the module gets the batch it knows
+                batch, self._sample_ids = batch
+            batch, own = self.rewrite(trainer, batch)
             with all_armed(self._taps):
                 output = inner(batch, *args, **kwargs)
             if output is None:
                 return None
             if self.temperature is not None:
-                self.loss_module.temperature = self.value(self.temperature, trainer)  # type: ignore[assignment]
+                now = check_temperature(self.where, self.value(self.temperature, trainer))
+                self.loss_module.temperature = now  # type: ignore[assignment]
             assert self._student_tap is not None
             loss = output["loss"] if isinstance(output, dict) else output
             total = self.term(trainer, pl_module, self._student_tap.last(), batch)
-            ce = self.value(self.ce_weight, trainer)
+            self.on_term(trainer, total)
+            ce = 0.0 if own else self.value(self.ce_weight, trainer)
             total = (loss if ce == 1 else ce * loss) + total
             for tap in self._taps:
                 tap.forget()

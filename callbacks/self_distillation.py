@@ -101,5 +101,6 @@ class SelfDistillation(Distillation):
 
     def after_step(self) -> None:
         """Moves the average."""
+        super().after_step()
         assert self.teacher is not None
         average_into(self.teacher, self.student_network, self.decay)

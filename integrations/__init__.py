@@ -19,12 +19,14 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "TextData": ("data.text", _LIGHTNING),
     "BatchedDataModule": ("data.module", _LIGHTNING),
     "ResumableLoader": ("data.loader", {}),
+    "WithSampleIds": ("data.sample_ids", {}),
     "read_idx": ("data.idx", {}),
     "ChannelShrunkCache": ("kv_cache", {"transformers": "transformers"}),
     "decode_perplexity": ("kv_cache", {"transformers": "transformers", "torchmetrics": "lightning"}),
     "load_causal_lm": ("pretrained", {}),
     "load_tokenizer": ("pretrained", {}),
     "smollm2_path": ("pretrained", {}),
+    "drop_layers": ("layer_drop", {}),
     "timm_teacher": ("teachers", {}),
     "hf_teacher": ("teachers", {}),
     "checkpoint_teacher": ("teachers", {}),
@@ -42,6 +44,13 @@ for _kind, _name, _family in (
     ("data", "TextData", "language"),
 ):
     register_path(_kind, _name, f"{__name__}.{_name}", family=_family)
+register_path(
+    "function",
+    "drop_layers",
+    f"{__name__}.drop_layers",
+    family="distillation",
+    paper="DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter",
+)
 for _name in ("timm", "hf", "checkpoint", "artifact"):
     register_path("teacher", _name, f"{__name__}.{_name}_teacher", family="distillation")
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "metrics, size and latency of checkpoints and artifacts, side by side",
     "export": "write a checkpoint as a plain folder for timm, transformers or torch",
     "quantize": "a trained model in few bits, calibrated on some text or data, without training",
+    "cache-teacher": "run a teacher once over training data and store its logits",
     "shrink-kv": "calibrate a language model for a KV cache of a fraction of the bytes",
     "sparsity": "zeros per layer, N:M patterns, and which layers 2:4 kernels can use",
     "list": "losses, recipes, schedules, callbacks, models, data, metrics, configs",
@@ -82,7 +83,7 @@ def _dispatch(given: list[str]) -> None:
 
 def usage() -> str:
     """Returns the help of the program."""
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<15}{text}" for name, text in COMMANDS.items())
     return (
         "usage: lossplug COMMAND [options]\n\n"
         "New losses and progressive N:M sparsity for any LightningModule.\n\n"

@@ -42,7 +42,8 @@ class DHKD(LogitLoss):
     ``plain``: :math:`\alpha T^2 \sum_c KL(\mathrm{Bernoulli}(\sigma(z_t/T)) \| \mathrm{Bernoulli}(\sigma(z_2/T)))`.
     Written with softplus, so without the clamp of the released code (values differ where |d| > 18.4). In the
     ``Distillation`` callback the second head reads the input of the student's classifier and is trained beside it;
-    elsewhere pass the second head's logits as ``student``.
+    elsewhere pass the second head's logits as ``student``. The released commands for unlike networks have
+    ``head="nonlinear"`` and gradient alignment: ``Distillation(..., align="all")``.
 
     Use it where cross-entropy and a logit loss on one head work against each other.
 

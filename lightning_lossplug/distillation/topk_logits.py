@@ -77,6 +77,7 @@ class TopKLogits(DistillationLoss):
         log_probs: Tensor,
         target: Tensor | None = None,
         *,
+        rest: Tensor | None = None,
         mask: Tensor | None = None,
         denominator: Tensor | float | None = None,
     ) -> Tensor:
@@ -87,6 +88,7 @@ class TopKLogits(DistillationLoss):
             ids: Stored classes [..., k].
             log_probs: Their log-probabilities [..., k] at temperature 1.
             target: Class indices [...], for ``ignore_index``.
+            rest: Log of the mass of all other classes [..., 1]; None: what the stored ones leave, which is less exact.
             mask: Rows to keep, bool [...].
             denominator: What the sum is divided by instead of the number of kept rows.
 
@@ -112,17 +114,21 @@ class TopKLogits(DistillationLoss):
             ids, stored = ids.reshape(-1, k), log_probs.reshape(-1, k).to(z)
             if batch.kept is not None:
                 ids, stored = ids.index_select(0, batch.kept), stored.index_select(0, batch.kept)
-            rows = self._rows(z, ids, stored)
+            rest = None if rest is None else rest.reshape(-1, 1).to(z)
+            if rest is not None and batch.kept is not None:
+                rest = rest.index_select(0, batch.kept)
+            rows = self._rows(z, ids, stored, rest)
             return reduce_rows("topk_logits", rows, batch, self.reduction, None, denominator)
 
-    def _rows(self, z: Tensor, ids: Tensor, stored: Tensor) -> Tensor:
+    def _rows(self, z: Tensor, ids: Tensor, stored: Tensor, mass: Tensor | None) -> Tensor:
         log_q = log_probabilities(z, self.temperature)
         ours = log_q.gather(1, ids)
         if self.missing == "tail":
-            mass = (1 - stored.exp().sum(dim=1, keepdim=True)).clamp(min=0)
+            if mass is None:
+                mass = (1 - stored.exp().sum(dim=1, keepdim=True)).clamp(min=0).log()
             rest = log_q.scatter(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True)
             # With every class stored there is no rest, and a mass of rounding must not be compared with it.
-            stored = torch.cat([stored, mass.log().masked_fill(rest == -torch.inf, -torch.inf)], dim=1)
+            stored = torch.cat([stored, mass.masked_fill(rest == -torch.inf, -torch.inf)], dim=1)
             ours = torch.cat([ours, rest.clamp(min=torch.finfo(z.dtype).min / 4)], dim=1)
         log_p = log_probabilities(stored, self.temperature)
         return (log_p.exp() * (log_p - ours)).sum(dim=1)

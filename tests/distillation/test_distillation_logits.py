@@ -34,6 +34,8 @@ LOGITS = {
     "distillm": [{}, {"direction": "reverse"}],
     "minillm": [{}],
     "uld": [{}],
+    "mekd": [{}],
+    "dac_kl": [{}, {"lower": 0.1, "upper": 0.7, "temperature": 2.0, "t2_scale": True}, {"upper": 1.0}],
 }
 NOT_SHIFT_INVARIANT = {("kd", "mse"), ("dhkd", None)}
 OTHERS = {
@@ -49,6 +51,22 @@ OTHERS = {
     "topk_logits",
     "dino",
     "reviewkd",
+    "ofd",
+    "crd",
+    "faqd",
+    "group_at",
+    "spectral_kd",
+    "mcmi_teacher",
+    "self_distill",
+    "wad",
+    "arm_selfdistill",
+    "distill_vq",
+    "makd",
+    "mft",
+    "span",
+    "minillm_policy",
+    "entropic_student",
+    "ca_dino",
 }
 CASES = [(name, p) for name, sets in LOGITS.items() for p in sets]
 EACH = pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
@@ -79,7 +97,7 @@ def test_registry_facts(name):
     assert entry.signature
     assert "Use it" in entry.load().__doc__
     described = entry.load().__doc__
-    assert all(f"{p.name}: " in described for p in entry.parameters())
+    assert all(f"{p.name}: " in described or f"{p.name}_: " in described for p in entry.parameters())
 
 
 @EACH

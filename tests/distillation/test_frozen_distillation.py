@@ -223,6 +223,12 @@ class Stubborn(nn.Sequential):
         return super().train(True)
 
 
+def broken():
+    made = network(seed=5)
+    nn.init.constant_(made[-1].bias, float("nan"))
+    return made
+
+
 def constant():
     made = network(seed=5)
     nn.init.zeros_(made[-1].weight)
@@ -244,6 +250,9 @@ def constant():
         (lambda: Distillation(teacher(), feature_loss="at"), "go together"),
         (lambda: Distillation(teacher(), None), "neither"),
         (lambda: Distillation(teacher(), "ttm", temperature=2.0), "no temperature"),
+        (lambda: Distillation(teacher(), "kd", {"temperature": 0.0}), "temperature is 0.0"),
+        (lambda: Distillation(teacher(), "kd", temperature=-1.0), "temperature is -1.0"),
+        (lambda: Distillation(broken()), "the logits of the teacher Sequential hold NaN"),
         (lambda: Distillation(teacher(), teacher_kwargs={"a": 1}), "given by name"),
         (lambda: Distillation(teacher(), "dkd", fused=True), "DKD has no fused form"),
         (lambda: Distillation(teacher(), "kd", fused=True), "has no output embedding"),
@@ -257,6 +266,28 @@ def test_mistakes_are_one_line(make, message):
     assert "\n" not in str(error.value)
     assert wrapped_methods(module) == ()
     assert not module.net._forward_hooks
+
+
+class Idle(nn.Module):
+    """Has a layer it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.unused = network(), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("layers", [{"unused": "3"}, {"2": "unused"}])
+def test_a_hook_that_never_fires_is_an_error(layers):
+    module, frozen = Plain(), teacher()
+    if "unused" in layers:
+        module.net = Idle()
+    else:
+        frozen = Idle()
+    with pytest.raises(LossplugError, match=r"'unused' .Linear. was never called in the step"):
+        trainer(Distillation(frozen, None, feature_loss="rkd", layers=layers)).fit(module, data())
 
 
 def test_features_changed_in_place_are_an_error():

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from train_online import Net, network, samples
+from train_online import Net, network, samples, sequences
 
-from lightning_lossplug.distillation import create
+from lightning_lossplug.distillation import DOT, create
 
 SCRIPT = Path(__file__).parent / "train_online.py"
 ENVIRONMENT = {
@@ -36,6 +36,35 @@ def by_hand():
     return student.state_dict(), teacher.state_dict()
 
 
+def dot_by_hand():
+    student, teacher, loss = Net().net, network(12, 7).eval(), create("kd")
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    dot = DOT(sgd, 0.05)
+    for _ in range(2):
+        for x, y in DataLoader(samples(), 16):
+            z, z_t = student(x), teacher(x)
+            kd = loss(z, z_t)
+            parts = torch.autograd.grad(kd, dot.parameters, retain_graph=True)
+            sgd.zero_grad()
+            (F.cross_entropy(z, y) + kd).backward()
+            dot.prepare(parts)
+            sgd.step()
+            dot.restore()
+    return student.state_dict()
+
+
+def tokens_by_hand(joint):
+    """The mean over all labelled tokens of all ranks and the whole window."""
+    student, teacher, loss = Net().net, network(12, 7).eval(), create("kd")
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for x, y in DataLoader(sequences(), joint):
+            sgd.zero_grad()
+            loss(student(x), teacher(x), y).backward()
+            sgd.step()
+    return student.state_dict()
+
+
 def test_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
@@ -50,6 +79,9 @@ def test_two_ranks(tmp_path):
                     continue
                 assert torch.equal(value, two[name][part][key]), (name, part, key)
                 assert value.isfinite().all()
+    for name, want in (("dot", dot_by_hand()), ("window", tokens_by_hand(32)), ("ranks", tokens_by_hand(16))):
+        for key, value in want.items():
+            torch.testing.assert_close(one[name]["net"][key], value, rtol=1e-4, atol=1e-5)
     student, teacher = by_hand()
     for got, want in ((one["plain"]["net"], student), (one["plain"]["extras"], teacher)):
         for key, value in want.items():

@@ -39,15 +39,33 @@ def samples():
     return TensorDataset(x, (x @ torch.randn(16, 4, generator=generator)).argmax(1))
 
 
+class Tokens(Net):
+    """Rows of tokens, some without a label."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (64, 5), generator=generator)
+    kept = torch.randint(1, 6, (64, 1), generator=generator)
+    return TensorDataset(torch.randn(64, 5, 16, generator=generator), y.masked_fill(torch.arange(5) >= kept, -100))
+
+
 class Data(pl.LightningDataModule):
     """Every second sample for each rank, in order: the sampler that Lightning adds would shuffle."""
 
+    def __init__(self, make=samples):
+        super().__init__()
+        self.make = make
+
     def train_dataloader(self):
-        data = samples()
+        data = self.make()
         return DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False))
 
 
-def fit(module, callback):
+def fit(module, callback, make=samples, **options):
     pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -59,7 +77,8 @@ def fit(module, callback):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(module, datamodule=Data())
+        **options,
+    ).fit(module, datamodule=Data(make))
     return {"net": module.net.state_dict(), "extras": callback.extras().state_dict()}
 
 
@@ -73,4 +92,9 @@ if __name__ == "__main__":
     features = Distillation(network(12, 7, norm=True), feature_loss="fitnet", layers={"2": "2"})
     found["fitnet"] = fit(Net(norm=True), features)
     found["ema"] = fit(Net(norm=True), SelfDistillation(0.9))
+    found["dot"] = fit(Net(), Distillation(network(12, 7), dot_delta=0.05))
+    window = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
+    found["window"] = fit(Tokens(), window, sequences, accumulate_grad_batches=2)
+    ranks = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
+    found["ranks"] = fit(Tokens(), ranks, sequences)
     torch.save(found, Path(sys.argv[1]) / f"rank{plain.global_rank}.pt")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import calibration
 import common
+import distillation_smollm2
+import distillation_vision
 import label_noise
 import long_tail
 import nm_recipes
@@ -232,3 +234,31 @@ def test_perplexity_is_that_of_the_mean_loss():
             return type("Output", (), {"loss": input_ids.float().mean()})()
 
     assert nm_smollm2.perplexity(Model(), torch.tensor([[1], [2], [6]]), 2) == pytest.approx(torch.tensor(3.0).exp())
+
+
+def test_students_and_teachers(root, output):
+    methods = ["alone", "DOT (KD, delta 0.075)", "DHKD, nonlinear, aligned", "BD-KD"]
+    own = ["--methods", *methods, "--limit", "300", "--times", "2"]
+    distillation_vision.main(["--root", root, "--output", str(output), *TINY, *own])
+    results = {r["run"]["method"]: r["result"] for r in records(output)}
+    assert set(results) == set(methods)
+    assert len({r["student nll"] for r in results.values()}) == len(methods)
+    assert results["alone"]["teacher nll"] == results["DOT (KD, delta 0.075)"]["teacher nll"]  # one frozen teacher
+    assert all(f"| {name} |" in output.with_suffix(".md").read_text() for name in methods)
+
+
+def test_dropped_layers_and_their_recovery(output, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    small = ["--steps", "3", "--block", "16", "--keep", "2", "--tests", "2", "--batch", "2", "--seeds", "0"]
+    command = ["--model", str(tmp_path / "model"), "--tokenizer", "bytes", "--device", "cpu", *small]
+    distillation_smollm2.main(["--output", str(output), *command])
+    results = {r["run"]["method"]: r["result"] for r in records(output)}
+    assert set(results) == set(distillation_smollm2.METHODS)
+    assert len({r["perplexity"] for r in results.values()}) == len(results)
+    assert results["BD-KD"]["teacher perplexity"] != results["BD-KD"]["teacher before"]
+    assert "96 tokens, test text" in output.with_suffix(".md").read_text()
