@@ -25,7 +25,7 @@ import greenlet
 import lightning.pytorch as pl
 import torch
 
-from lightning_lossplug.callbacks import NMSparsity, SwapLoss
+from lightning_lossplug.callbacks import QAT, GradientAdaptiveQAT, NMSparsity, SwapLoss
 from lightning_lossplug.integrations import ImageClassifier
 
 VARIANTS = {
@@ -36,6 +36,8 @@ VARIANTS = {
         NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.9, finetune_fraction=0.0, decay_end=1.0),
     ],
     "2:4 nm_srste, mask every step": lambda: [NMSparsity(2, 4, "nm_srste")],
+    "QAT W8A8": lambda: [QAT(8, 8)],
+    "GradientAdaptiveQAT W4A4": lambda: [GradientAdaptiveQAT(4, 4)],
     "2:4 nm_srste, mask every 10 steps": lambda: [NMSparsity(2, 4, "nm_srste", mask_update_every=10)],
     "2:4 mdgf_linear, mask every step": lambda: [NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.0)],
     "1:16 mdgf_exponential, mask every step": lambda: [
@@ -155,9 +157,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "resnet18"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside plain")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", default=None)
     arguments = parser.parse_args()
+    for name in {*VARIANTS} - {"plain", *arguments.variants}:
+        del VARIANTS[name]
     quiet()
     results = []
     for model in arguments.models:
