@@ -8,6 +8,7 @@ from pathlib import Path
 
 import calibration
 import common
+import gaqat_domains
 import label_noise
 import long_tail
 import nm_recipes
@@ -203,3 +204,13 @@ def test_recipes_end_with_their_zeros(root, output):
     assert results["nm_srste"]["zeros"] == pytest.approx(0.875)
     assert results["mdgf_exponential"]["zeros"] == pytest.approx(0.875)
     assert "1:8, last epoch" in output.with_suffix(".md").read_text()
+
+
+def test_gaqat_domains(root, output):
+    own = ["--bits", "4", "--held-out", "inversion", "--qat-epochs", "1", "--window", "8", "--batch", "48"]
+    gaqat_domains.main(["--root", root, "--output", str(output), *TINY[:-2], *own])
+    results = {r["run"]["method"]: r["result"] for r in records(output)}
+    assert set(results) == set(gaqat_domains.METHODS)
+    assert results["GAQAT"]["frozen"] == pytest.approx(0.2, abs=0.02)
+    assert results["LSQ+SAGM"]["frozen"] == 0
+    assert "| GAQAT |" in output.with_suffix(".md").read_text()
