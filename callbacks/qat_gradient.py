@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from lightning_lossplug.callbacks.exact_resume import random_state, set_random_state
 from lightning_lossplug.callbacks.qat import ScaleCallback
 from lightning_lossplug.callbacks.sam import SAM, beside, frozen_statistics
-from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.quantization.base import paused
+from lightning_lossplug.quantization.disorder_plot import draw_disorder
 from lightning_lossplug.quantization.gaqat import GradientAdaptiveSettings, GradientAdaptiveTechnique
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 
@@ -53,6 +55,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         zero_sign: A zero gradient keeps the ``previous`` sign, or is a sign of its own (``zero``).
         replay: Micro-batches of an accumulation that the second pass repeats: ``all``, or the ``last`` to save memory.
         layer_logs: Log the disorder of every layer.
+        picture: File of a heat map of the disorder of every scale over time, drawn after the fit (needs matplotlib).
         weight: Quantiser of the weights; null: ``paretoq`` up to 2 bits, ``lsq`` above.
         activation: Quantiser of the inputs.
         granularity: ``tensor``, ``channel`` or ``group``.
@@ -90,6 +93,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         zero_sign: Literal["previous", "zero"] = "previous",
         replay: Literal["all", "last"] = "all",
         layer_logs: bool = False,
+        picture: str | None = None,
         weight: str | None = None,
         activation: str = "lsq",
         granularity: Literal["tensor", "channel", "group"] = "channel",
@@ -139,6 +143,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         super().__init__(GradientAdaptiveTechnique(settings))
         self._steps: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []  # training_step calls since the last step
         self._second = False
+        self.picture = picture
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Converts the layers; records the steps of a fit, to repeat them."""
@@ -146,6 +151,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         if stage != "fit":
             return
         where = type(self).__name__
+        if self.picture is not None:
+            require("matplotlib", "cli", "GradientAdaptiveQAT(picture=...)")
         if not pl_module.automatic_optimization:
             raise LossplugError("needs automatic optimization", where=where, remedy="Use QAT, which has one pass")
         if any(isinstance(other, (SAM, GradientAdaptiveQAT)) and other is not self for other in trainer.callbacks):  # type: ignore[attr-defined]
@@ -269,6 +276,13 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
                     p.grad = None  # so that momentum and weight decay leave it alone too
             else:
                 p.grad.copy_(g2 if self.technique.settings.sharpness == "sam" else (g1 + g2) / 2)  # type: ignore[union-attr]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the picture, if a window was full."""
+        super().on_train_end(trainer, pl_module)
+        gate = self.technique.gate
+        if self.picture is not None and trainer.is_global_zero and gate.history:
+            draw_disorder(gate.history, list(gate.sizes), Path(self.picture))
 
     def _clean_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._clean_up(trainer, pl_module)

@@ -16,6 +16,7 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "DigitsData": ("data.digits", {**_LIGHTNING, "sklearn": "vision"}),
     "IDXData": ("data.mnist", _LIGHTNING),
     "FashionMNISTData": ("data.mnist", _LIGHTNING),
+    "DomainShiftData": ("data.domains", _LIGHTNING),
     "TextData": ("data.text", _LIGHTNING),
     "BatchedDataModule": ("data.module", _LIGHTNING),
     "ResumableLoader": ("data.loader", {}),
@@ -27,6 +28,11 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "load_tokenizer": ("pretrained", {}),
     "smollm2_path": ("pretrained", {}),
     "drop_layers": ("layer_drop", {}),
+    "export_quantized": ("quantized_artifact", _LIGHTNING),
+    "save_packed": ("packed", {}),
+    "load_packed": ("packed", {}),
+    "save_compressed": ("compressed", {"transformers": "transformers"}),
+    "export_onnx_qdq": ("onnx_qdq", {}),
     "timm_teacher": ("teachers", {}),
     "hf_teacher": ("teachers", {}),
     "checkpoint_teacher": ("teachers", {}),
@@ -41,6 +47,7 @@ for _kind, _name, _family in (
     ("data", "DigitsData", "vision"),
     ("data", "IDXData", "vision"),
     ("data", "FashionMNISTData", "vision"),
+    ("data", "DomainShiftData", "vision"),
     ("data", "TextData", "language"),
 ):
     register_path(_kind, _name, f"{__name__}.{_name}", family=_family)
@@ -51,6 +58,12 @@ register_path(
     family="distillation",
     paper="DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter",
 )
+for _name, _function in (
+    ("packed", "save_packed"),
+    ("compressed_tensors", "save_compressed"),
+    ("onnx_qdq", "export_onnx_qdq"),
+):
+    register_path("exporter", _name, f"{__name__}.{_function}", family="quantisation")
 for _name in ("timm", "hf", "checkpoint", "artifact"):
     register_path("teacher", _name, f"{__name__}.{_name}_teacher", family="distillation")
 

@@ -52,25 +52,37 @@ def write_onnx_file(found: Network, stage: Path, inputs: Mapping[str, Tensor] | 
         LossplugError: See :func:`export_onnx`; or the network is neither of timm nor of transformers, so that nothing
             tells its inputs.
     """
-    model: nn.Module = found.module
-    if inputs is not None:
-        given = dict(inputs)
-    elif found.library == "timm":
-        given = {"x": torch.randn(2, *_image_size(stage), generator=torch.Generator().manual_seed(0))}
-    elif found.library == "transformers":
+    given = example_inputs(found, stage) if inputs is None else dict(inputs)
+    dynamic = {name: [0, 1] if value.dtype == torch.long and value.ndim == 2 else [0] for name, value in given.items()}
+    return export_onnx(onnx_module(found), given, stage / ONNX, dynamic=dynamic)
+
+
+def example_inputs(found: Network, stage: Path) -> dict[str, Tensor]:
+    """Makes inputs of a network by argument name.
+
+    Args:
+        found: The network.
+        stage: Folder with the config.json of a timm model.
+
+    Raises:
+        LossplugError: The network is neither of timm nor of transformers, so that nothing tells its inputs.
+    """
+    if found.library == "timm":
+        return {"x": torch.randn(2, *_image_size(stage), generator=torch.Generator().manual_seed(0))}
+    if found.library == "transformers":
         config: Any = found.module.config
         ids = torch.randint(0, config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-        given = {"input_ids": ids}
-    else:
-        raise LossplugError(
-            "nothing tells the inputs of this network",
-            where=type(model).__name__,
-            remedy="Call export_artifact(..., onnx=True, inputs={...}) or export.export_onnx from Python",
-        )
-    if found.library == "transformers":
-        model = _Logits(model)
-    dynamic = {name: [0, 1] if value.dtype == torch.long and value.ndim == 2 else [0] for name, value in given.items()}
-    return export_onnx(model, given, stage / ONNX, dynamic=dynamic)
+        return {"input_ids": ids}
+    raise LossplugError(
+        "nothing tells the inputs of this network",
+        where=type(found.module).__name__,
+        remedy="Call export_artifact(..., onnx=True, inputs={...}) or export.export_onnx from Python",
+    )
+
+
+def onnx_module(found: Network) -> nn.Module:
+    """Returns the network as ONNX wants it."""
+    return _Logits(found.module) if found.library == "transformers" else found.module
 
 
 class _Logits(nn.Module):

@@ -13,7 +13,8 @@ from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.export.dense import dense_state, write_safetensors
 from lightning_lossplug.quantization.base import Codes
 from lightning_lossplug.quantization.grid import Layout
-from lightning_lossplug.quantization.integer import IntegerLayer, integer_layer, quantizer_of, weight_codes
+from lightning_lossplug.quantization.integer import fuse_model, integer_layer, quantizer_of, weight_codes
+from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.packing import pack_codes, unpack_codes
 from lightning_lossplug.surgery.plug import fold, plugged_layers
 
@@ -83,7 +84,7 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return {"bytes": packed, "float_bytes": dense, "layers": layers}
 
 
-def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True) -> nn.Module:
+def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True, fuse: bool = True) -> nn.Module:
     """Loads a file of :func:`save_packed` into a plain module, strictly.
 
     Args:
@@ -91,6 +92,7 @@ def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True) -
         path: The file.
         integers: Replace layers whose input is quantised too by int8 layers, which is the trained model. False loads
             the quantised weights into the plain layers, with float inputs.
+        fuse: Take batch norms and activations into the int8 layers, as :func:`integer_model` does.
 
     Returns:
         The module.
@@ -130,7 +132,10 @@ def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True) -
         layer.bias = bias.detach().float().clone() if isinstance(bias, Tensor) else None
         layer.use("auto")
         setattr(module.get_submodule(parent), child, layer)
-    return module.eval()
+    module.eval()
+    if whole and fuse:
+        fuse_model(module)
+    return module
 
 
 def _codes(tensors: dict[str, Tensor], key: str, entry: dict[str, Any], path: str | Path) -> Codes:

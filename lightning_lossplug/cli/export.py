@@ -42,8 +42,16 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--onnx", action="store_true", help="also write model.onnx, compared with torch in ONNX Runtime (extra: onnx)"
     )
+    parser.add_argument(
+        "--format",
+        choices=("dense", "packed", "compressed_tensors", "onnx_qdq"),
+        default="dense",
+        help="of a quantised run: packed codes, the layout of vLLM, or ONNX with integer weights; default: dense",
+    )
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
     options = parser.parse_args(arguments)
+    if options.format != "dense" and (options.masks or options.onnx):
+        raise LossplugError(f"--masks and --onnx belong to dense weights, not to --format {options.format}")
     require("lightning", "lightning", "lossplug export")
     require("safetensors", "lightning", "lossplug export")
     from lightning_lossplug.cli.quiet import lightning_output
@@ -54,6 +62,8 @@ def run(arguments: list[str]) -> None:
         manifest = export_checkpoint(options)
     if options.json:
         print(to_json(manifest))
+    elif options.format != "dense":
+        _print_quantized(manifest)
     else:
         _print(manifest)
 
@@ -72,6 +82,17 @@ def export_checkpoint(options: Any) -> dict[str, Any]:
     finally:
         sys.path.pop(0)
     techniques = replug(module, checkpoint, path)
+    if options.format != "dense":
+        from lightning_lossplug.integrations.quantized_artifact import export_quantized
+
+        return export_quantized(
+            module.eval(),
+            options.output,
+            options.format,
+            overwrite=options.overwrite,
+            network=options.network,
+            tokenizer=_tokenizer(options.tokenizer, checkpoint),
+        )
     return export_artifact(
         module.eval(),
         options.output,
@@ -134,6 +155,18 @@ def _print(manifest: dict[str, Any]) -> None:
     out = console()
     out.print(table(f"exported to {plain(manifest['folder'])}", ["", ""], rows))
     out.print("loads without lightning_lossplug:")
+    out.print(f"  {manifest['load']}", soft_wrap=True, markup=False)
+
+
+def _print_quantized(manifest: dict[str, Any]) -> None:
+    rows = [("network", manifest["class"]), ("format", manifest["format"]), ("file", bytes_text(manifest["bytes"]))]
+    if "float_bytes" in manifest:
+        rows.append(("quantised weights in float32", bytes_text(manifest["float_bytes"])))
+        rows.append(("their codes and scales", bytes_text(manifest["codes_and_scales"])))
+    if "max_difference" in manifest:
+        rows.append(("ONNX Runtime", f"at most {manifest['max_difference']:.1e} from torch"))
+    out = console()
+    out.print(table(f"exported to {plain(manifest['folder'])}", ["", ""], rows))
     out.print(f"  {manifest['load']}", soft_wrap=True, markup=False)
 
 

@@ -35,7 +35,10 @@ from lightning_lossplug.quantization.gaqat import (
 )
 from lightning_lossplug.quantization.grid import integer_range
 from lightning_lossplug.quantization.groups import scale_groups, split_groups
-from lightning_lossplug.quantization.integer import IntegerLayer, integer_layer, integer_model
+from lightning_lossplug.quantization.int4 import Int4Linear, Int4Weight, int4_model, int4_weight
+from lightning_lossplug.quantization.integer import integer_layer, integer_model
+from lightning_lossplug.quantization.integer_fuse import fuse_layers
+from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.lsq import LSQ, lsq
 from lightning_lossplug.quantization.lsq_plus import LSQPlus, lsq_plus
 from lightning_lossplug.quantization.observers import (
@@ -76,6 +79,8 @@ __all__ = [
     "GradientAdaptiveSettings",
     "GradientAdaptiveTechnique",
     "GradientGate",
+    "Int4Linear",
+    "Int4Weight",
     "IntegerLayer",
     "LSQPlus",
     "ParetoQ",
@@ -104,8 +109,11 @@ __all__ = [
     "fake_quant",
     "fp_quant",
     "fp_training_loss",
+    "fuse_layers",
     "gradient_disorder",
     "gradient_diversity",
+    "int4_model",
+    "int4_weight",
     "integer_layer",
     "integer_model",
     "integer_range",

@@ -101,6 +101,7 @@ class GradientGate:
         self.disorder = torch.full((n,), float("nan"))  # of the last full window
         self.conflict = torch.zeros(())  # share of the last step's scales whose two halves disagree in sign
         self.fill = 0
+        self.history: list[tuple[int, list[float]]] = []  # step and mean disorder of every scale, window by window
 
     def to(self, device: torch.device) -> None:
         """Moves the counts."""
@@ -149,6 +150,7 @@ class GradientGate:
         self.disorder = self.flips.float() / (self.settings.disorder_window - 1)
         self.fill = 0
         self.flips.zero_()
+        self.history.append((step, list(self.by_scale().values())))
         if step < self.settings.start_step:
             return
         if self.settings.freeze_fraction is not None:
@@ -170,7 +172,7 @@ class GradientGate:
     def state_dict(self) -> dict[str, Any]:
         """Counts and decisions, as tensors, with the names they belong to."""
         tensors = {name: getattr(self, name).cpu().clone() for name in ("flips", "last", "frozen", "disorder")}
-        return {"sizes": dict(self.sizes), "fill": self.fill, **tensors}
+        return {"sizes": dict(self.sizes), "fill": self.fill, "history": list(self.history), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`.
@@ -185,7 +187,7 @@ class GradientGate:
                 where=f"GradientAdaptiveQAT: {other}",
                 remedy="Resume with the settings and model of the first run",
             )
-        self.fill = state["fill"]
+        self.fill, self.history = state["fill"], list(state["history"])
         for name in ("flips", "last", "frozen", "disorder"):
             setattr(self, name, state[name].clone())
 

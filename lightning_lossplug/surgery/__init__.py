@@ -1,6 +1,7 @@
-"""Choosing layers, stacking weight transforms in the canonical order, folding them away, wrapping methods."""
+"""Choosing layers, stacking weight transforms in the canonical order, folding them (and norms), wrapping methods."""
 
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method, wrapped_methods
+from lightning_lossplug.surgery.fold_norm import fold_batch_norm
 from lightning_lossplug.surgery.plug import (
     INPUT,
     STAGES,
@@ -28,6 +29,7 @@ __all__ = [
     "WeightTransform",
     "candidates",
     "fold",
+    "fold_batch_norm",
     "latent",
     "plug",
     "plug_input",

@@ -28,7 +28,7 @@ import greenlet
 import lightning.pytorch as pl
 import torch
 
-from lightning_lossplug.callbacks import NMSparsity, SwapLoss
+from lightning_lossplug.callbacks import QAT, GradientAdaptiveQAT, NMSparsity, SwapLoss
 from lightning_lossplug.integrations import CausalLM, ImageClassifier
 
 VARIANTS = {
@@ -39,6 +39,8 @@ VARIANTS = {
         NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.9, finetune_fraction=0.0, decay_end=1.0),
     ],
     "2:4 nm_srste, mask every step": lambda: [NMSparsity(2, 4, "nm_srste")],
+    "QAT W8A8": lambda: [QAT(8, 8)],
+    "GradientAdaptiveQAT W4A4": lambda: [GradientAdaptiveQAT(4, 4)],
     "2:4 nm_srste, mask every 10 steps": lambda: [NMSparsity(2, 4, "nm_srste", mask_update_every=10)],
     "2:4 mdgf_linear, mask every step": lambda: [NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.0)],
     "1:16 mdgf_exponential, mask every step": lambda: [

@@ -57,7 +57,8 @@ def test_everything_exported_exists_and_nothing_else():
         integrations.Nothing  # noqa: B018
 
 
-MODELS, DATA = ["ImageClassifier", "CausalLM"], ["DigitsData", "IDXData", "FashionMNISTData", "TextData"]
+MODELS = ["ImageClassifier", "CausalLM"]
+DATA = ["DigitsData", "IDXData", "FashionMNISTData", "DomainShiftData", "TextData"]
 
 
 @pytest.mark.parametrize("name", [*MODELS, *DATA])

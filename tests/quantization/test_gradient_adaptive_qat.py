@@ -22,6 +22,7 @@ from lightning_lossplug.quantization import (
     QATTechnique,
     gradient_disorder,
 )
+from lightning_lossplug.quantization.disorder_plot import draw_disorder
 from lightning_lossplug.surgery import wrapped_methods
 
 
@@ -94,6 +95,8 @@ def test_options_of_the_gate():
     twin = GradientGate(gate.settings, {"a": 2})
     twin.load_state_dict(state)
     assert torch.equal(twin.frozen, gate.frozen)
+    assert [step for step, _ in gate.history] == [8, 16]
+    assert twin.history == gate.history == [(8, [0.5]), (16, [0.5])]
     with pytest.raises(LossplugError, match=r"GradientAdaptiveQAT: .*other scales"):
         GradientGate(gate.settings, {"b": 2}).load_state_dict(state)
 
@@ -330,3 +333,13 @@ def test_what_it_refuses():
     with pytest.raises(LossplugError, match="no learned scale"):
         callback = GradientAdaptiveQAT(weight="dorefa", activation="dorefa", first_last_bits=None)
         make_trainer(callbacks=[callback]).fit(Plain(), data())
+
+
+def test_a_picture_of_the_disorder(tmp_path):
+    path = tmp_path / "new" / "disorder.png"
+    callback = GradientAdaptiveQAT(4, 4, disorder_window=8, picture=str(path))
+    make_trainer(max_epochs=3, callbacks=[callback]).fit(Plain(), data())
+    assert [step for step, _ in callback.technique.gate.history] == [8, 16, 24]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(LossplugError, match="there is no full window to draw"):
+        draw_disorder([], [], path)

@@ -10,6 +10,7 @@ import calibration
 import common
 import distillation_smollm2
 import distillation_vision
+import gaqat_domains
 import label_noise
 import long_tail
 import nm_recipes
@@ -262,3 +263,13 @@ def test_dropped_layers_and_their_recovery(output, tmp_path):
     assert len({r["perplexity"] for r in results.values()}) == len(results)
     assert results["BD-KD"]["teacher perplexity"] != results["BD-KD"]["teacher before"]
     assert "96 tokens, test text" in output.with_suffix(".md").read_text()
+
+
+def test_gaqat_domains(root, output):
+    own = ["--bits", "4", "--held-out", "inversion", "--qat-epochs", "1", "--window", "8", "--batch", "48"]
+    gaqat_domains.main(["--root", root, "--output", str(output), *TINY[:-2], *own])
+    results = {r["run"]["method"]: r["result"] for r in records(output)}
+    assert set(results) == set(gaqat_domains.METHODS)
+    assert results["GAQAT"]["frozen"] == pytest.approx(0.2, abs=0.02)
+    assert results["LSQ+SAGM"]["frozen"] == 0
+    assert "| GAQAT |" in output.with_suffix(".md").read_text()

@@ -1,0 +1,125 @@
+"""Integer layers that compute the activation behind them and hand bytes to the next layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_lossplug.quantization.integer_layer import Emission, IntegerLayer
+from lightning_lossplug.surgery.fold_norm import PASSES
+from lightning_lossplug.surgery.trace import Region, traced_regions
+
+# What oneDNN calls the activations it can compute behind a product.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Emission]] = {
+    nn.ReLU: lambda act: Emission("relu"),
+    nn.ReLU6: lambda act: Emission("hardtanh", (0.0, 6.0)),
+    nn.Hardswish: lambda act: Emission("hardswish"),
+    nn.SiLU: lambda act: Emission("swish"),
+    nn.GELU: lambda act: Emission("gelu", (), act.approximate),
+}
+
+
+@torch.no_grad()
+def fuse_layers(model: nn.Module) -> int:
+    """Fuses the integer layers of a model in place, where its forward can be traced.
+
+    ``layer -> activation`` becomes one operator; ``layer -> activation -> layers that quantise alike`` also passes
+    bytes instead of floating-point values. A value between two codes may then go to the other one. Every fused layer
+    is tried on numbers first and stays as it was if it is off by more than a code.
+
+    Args:
+        model: With :class:`IntegerLayer` modules, in evaluation.
+
+    Returns:
+        How many layers were fused.
+    """
+    fused = 0
+    for region in traced_regions(model, lambda m: isinstance(m, IntegerLayer)):
+        for node in region.graph.nodes:
+            layer = region.layer(node)
+            if isinstance(layer, IntegerLayer) and layer.backend == "onednn" and layer.emission == Emission():
+                fused += _fuse(region, node, layer)
+    return fused
+
+
+def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
+    node, act = _skip(region, node), None
+    if len(node.users) != 1:
+        return False
+    found = next(iter(node.users))
+    kind = ACTIVATIONS.get(type(region.layer(found)))  # type: ignore[arg-type]
+    if kind is not None:
+        act, node = found, _skip(region, found)
+    plain = Emission() if kind is None else kind(region.layer(act))
+    for emission in (_to_bytes(plain, _readers(region, node)), plain):
+        if emission is not None and emission != Emission() and _works(layer, emission):
+            layer.emission = emission
+            if act is not None:
+                parent, _, child = str(act.target).rpartition(".")
+                setattr(region.module.get_submodule(parent), child, nn.Identity())
+            return True
+    return False
+
+
+def _skip(region: Region, node: fx.Node) -> fx.Node:
+    # Forward over what does nothing in evaluation.
+    while len(node.users) == 1 and isinstance(region.layer(next(iter(node.users))), PASSES):
+        node = next(iter(node.users))
+    return node
+
+
+def _readers(region: Region, node: fx.Node) -> list[IntegerLayer] | None:
+    layers = [region.layer(user) for user in node.users]
+    return layers if layers and all(isinstance(m, IntegerLayer) and m.backend == "onednn" for m in layers) else None  # type: ignore[return-value]
+
+
+def _to_bytes(plain: Emission, readers: list[IntegerLayer] | None) -> Emission | None:
+    if readers is None:
+        return None
+    grids = Counter((float(m.input_scale), m.input_byte, m.bounds[0] + m.shift, m.bounds[1] + m.shift) for m in readers)
+    if len(grids) != 1:
+        return None
+    scale, zero, low, high = next(iter(grids))
+    if (low, high) == (0, 255):
+        return plain._replace(scale=scale, zero=zero)
+    # The kernel saturates at a byte's ends only, but a ReLU can be cut where the codes end.
+    if plain.act in ("relu", "hardtanh") and zero == low == 0:
+        top = min([high * scale, *plain.arguments[1:]])
+        return Emission("hardtanh", (0.0, top), "", scale, 0)
+    return None
+
+
+def _works(layer: IntegerLayer, emission: Emission) -> bool:
+    low, high = layer.bounds
+    shape = (3, layer.codes.shape[1]) if layer.convolution is None else (2, *layer._input_shape())
+    q = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0))
+    data = (q + layer.shift).to(torch.uint8)
+    before = layer.emission
+    try:
+        plain = layer._fast(data, torch.float32, plain=True)
+        layer.emission = emission
+        got, want = layer._fast(data, torch.float32).float(), _activated(plain, emission)
+    except RuntimeError:  # an activation that this processor's kernels don't know
+        return False
+    finally:
+        layer.emission = before
+        layer._packed.clear()
+    if emission.scale is None:
+        return bool((got - want).abs().max() <= 1e-5 * want.abs().max().clamp_min(1e-30))
+    want = (want / emission.scale).round().add(emission.zero).clamp(0, 255)
+    return bool((got - want).abs().max() <= 1)
+
+
+def _activated(y: Tensor, emission: Emission) -> Tensor:
+    name = emission.act
+    if name == "none":
+        return y
+    if name == "hardtanh":
+        return y.clamp(*emission.arguments)
+    if name == "gelu":
+        return nn.functional.gelu(y, approximate=emission.algorithm)
+    return {"relu": nn.functional.relu, "hardswish": nn.functional.hardswish, "swish": nn.functional.silu}[name](y)

@@ -1,0 +1,237 @@
+"""A linear layer or convolution on integers: int8 weight codes, a static step for the input, products in int32.
+
+The product runs through PyTorch's oneDNN int8 operators where they exist and pass a test on the layer's own weights,
+else as the same integers in float32. Those operators are what Inductor emits; they are not a documented interface,
+hence the test and the fallback, and hence this one module around them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Backend = Literal["auto", "onednn", "reference"]
+PACKS = 4  # shapes of a convolution's input whose packed weights are kept
+
+
+class Emission(NamedTuple):
+    """What a layer's output becomes before it leaves: an activation, then the codes of the next layer.
+
+    Args:
+        act: Name of oneDNN's activation (``none``, ``relu``, ``hardtanh``, ``hardswish``, ``swish`` or ``gelu``).
+        arguments: Its numbers.
+        algorithm: Its variant (``tanh`` or ``none`` for ``gelu``).
+        scale: Step of the next layer's input; None leaves the output in floating point.
+        zero: Byte of the value 0 there.
+    """
+
+    act: str = "none"
+    arguments: tuple[float, ...] = ()
+    algorithm: str = ""
+    scale: float | None = None
+    zero: int = 0
+
+
+class IntegerLayer(nn.Module):
+    """A linear layer or convolution on integers, equal to the fake-quantised layer up to float32 rounding.
+
+    Inputs are floating-point values, or bytes that the layer before has already quantised (see :class:`Emission`).
+
+    Args:
+        codes: Weight codes, int8, in the layer's layout.
+        weight_scale: [C_out], or [1] for all.
+        bias: Float bias or None.
+        bounds: Least and largest code of the input.
+        input_scale: Step of the input.
+        input_zero: Code of an input of 0.
+        convolution: Stride, padding, dilation and groups; None is a linear layer.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        bounds: tuple[int, int],
+        input_scale: Tensor,
+        input_zero: int = 0,
+        convolution: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.to(torch.int8))
+        scale = weight_scale.float().reshape(-1)
+        self.register_buffer("weight_scale", scale.expand(codes.shape[0]).contiguous())
+        self.register_buffer("input_scale", input_scale.float().reshape(()))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.bounds, self.input_zero, self.convolution = bounds, input_zero, convolution
+        # The kernels take unsigned bytes: a signed code c travels as c - bounds[0].
+        self.shift = -bounds[0] if bounds[0] < 0 else 0
+        self.backend = "reference"
+        self.emission = Emission()
+        self.float_dtype = torch.float32  # of the output when the input is bytes
+        self._zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
+        self._packed: dict[tuple[int, ...] | None, Tensor] = {}
+
+    @property
+    def input_byte(self) -> int:
+        """Byte of an input of 0."""
+        return self.input_zero + self.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output, in the dtype of ``x``."""
+        if self.backend == "onednn":
+            return self._fast(x if x.dtype == torch.uint8 else self.bytes_of(x), x.dtype)
+        low, high = self.bounds
+        q = (x.float() / self.input_scale).round_().add_(self.input_zero).clamp_(low, high)
+        return self._reference(q).to(x.dtype)
+
+    def bytes_of(self, x: Tensor) -> Tensor:
+        """Returns the input's codes as unsigned bytes."""
+        low, high = (end + self.shift for end in self.bounds)
+        value = x.float() / self.input_scale
+        if not _quantize_works() or torch.compiler.is_compiling():
+            return value.round_().add_(self.input_byte).clamp_(low, high).to(torch.uint8)
+        if (low, high) != (0, 255):
+            value.clamp_(low - self.input_byte, high - self.input_byte)
+        return _quantize(value, self.input_byte)
+
+    def _reference(self, q: Tensor) -> Tensor:
+        w, centred = self.codes.float(), q - self.input_zero
+        scale = self.weight_scale * self.input_scale
+        if self.convolution is None:
+            y = F.linear(centred, w) * scale
+            return y if self.bias is None else y + self.bias
+        product = {2: F.conv1d, 3: F.conv2d}[self.codes.ndim - 1](centred, w, **self.convolution)
+        shape = (-1, *[1] * (self.codes.ndim - 2))
+        y = product * scale.reshape(shape)
+        return y if self.bias is None else y + self.bias.reshape(shape)
+
+    def _fast(self, q: Tensor, dtype: torch.dtype, plain: bool = False) -> Tensor:
+        ops, out = torch.ops.onednn, Emission() if plain else self.emission
+        step, zero = float(self.input_scale), self.input_byte
+        wanted = dtype if dtype in (torch.float32, torch.bfloat16) else self.float_dtype
+        if out.scale is not None:
+            wanted = torch.uint8
+        after = (out.scale or 1.0, out.zero, wanted, out.act, list(out.arguments), out.algorithm)
+        c = self.convolution
+        if c is None:
+            flat = q.reshape(-1, q.shape[-1])
+            packed = self._packed.get(None)
+            if packed is None:
+                packed = self._packed[None] = ops.qlinear_prepack(self.codes, list(flat.shape))
+            y = ops.qlinear_pointwise(flat, step, zero, packed, self.weight_scale, self._zeros, self.bias, *after)
+            y = y.reshape(*q.shape[:-1], -1)
+        else:
+            sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
+            q = q.contiguous(memory_format=torch.channels_last)
+            y = ops.qconv_pointwise(
+                q, step, zero, self._pack_for(q), self.weight_scale, self._zeros, self.bias, *sizes, *after
+            )
+        return y.to(dtype) if wanted not in (dtype, torch.uint8) and dtype != torch.uint8 else y
+
+    def _pack_for(self, q: Tensor) -> Tensor:
+        # The best layout of the weights depends on the map; packed for another one they are reordered at every call.
+        key: tuple[int, ...] | None = tuple(q.shape)
+        if key not in self._packed:
+            key = key if len(self._packed) < PACKS else None
+            if key is not None or None not in self._packed:
+                c = self.convolution
+                assert c is not None
+                sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
+                step = float(self.input_scale)
+                shape = None if key is None else list(key)
+                self._packed[key] = torch.ops.onednn.qconv_prepack(
+                    self.codes, self.weight_scale, step, self.input_byte, *sizes, shape
+                )
+        return self._packed[key]
+
+    def use(self, backend: Backend) -> bool:
+        """Chooses the kernel: ``onednn``, ``reference``, or ``auto`` (the first that passes the test).
+
+        Returns:
+            Whether the choice could be made.
+        """
+        self.backend = "reference"
+        self._packed.clear()
+        if backend == "reference":
+            return True
+        if self.codes.device.type != "cpu" or (self.convolution is not None and self.codes.ndim != 4):
+            return backend == "auto"
+        try:
+            good = self._agrees()
+        except (RuntimeError, AttributeError, NotImplementedError):  # not built in, or not for this shape or processor
+            good = False
+        self._packed.clear()
+        if good:
+            self.backend = "onednn"
+        return good or backend == "auto"
+
+    def _agrees(self) -> bool:
+        low, high = self.bounds
+        generator = torch.Generator().manual_seed(0)
+        shape = (3, self.codes.shape[1]) if self.convolution is None else (2, *self._input_shape())
+        q = torch.randint(low, high + 1, shape, generator=generator).float()
+        want = self._reference(q)
+        got = self._fast((q + self.shift).to(torch.uint8), torch.float32, plain=True)
+        return bool((want - got).abs().max() <= 1e-5 * (want.max() - want.min()).clamp_min(1e-30))
+
+    def _input_shape(self) -> tuple[int, ...]:
+        assert self.convolution is not None
+        reach = [d * (k - 1) + 3 for d, k in zip(self.convolution["dilation"], self.codes.shape[2:], strict=True)]
+        return (self.codes.shape[1] * self.convolution["groups"], *reach)
+
+    @torch.no_grad()
+    def fold_affine(self, scale: Tensor, shift: Tensor) -> None:
+        """Takes a per-channel ``y * scale + shift`` behind the layer into its scales and bias; codes stay."""
+        self.weight_scale.copy_(self.weight_scale * scale)
+        self.bias = (shift if self.bias is None else self.bias * scale + shift).float()
+        self.use("auto" if self.backend == "onednn" else "reference")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Scales stay float32 whatever the model is cast to, as the kernels want them.
+        kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        if self.input_scale.dtype in (torch.float32, torch.bfloat16):
+            self.float_dtype = self.input_scale.dtype
+        for name, old in kept.items():
+            self._buffers[name] = old.to(self.codes.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}  # packed weights are no tensors that could be copied
+
+    def extra_repr(self) -> str:
+        """Shape, range of the input, kernel, what is fused."""
+        out = self.emission
+        fused = f", {out.act}" if out.act != "none" else ""
+        fused += ", bytes out" if out.scale is not None else ""
+        return f"{tuple(self.codes.shape)}, input {self.bounds}, backend={self.backend}{fused}"
+
+
+def _quantize(value: Tensor, zero: int) -> Tensor:
+    # One pass from float32 to bytes. int_repr() would copy, so the storage is looked at as bytes.
+    q = torch.quantize_per_tensor(value, 1.0, zero, torch.quint8)
+    return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.size(), q.stride())  # type: ignore[call-overload]
+
+
+@cache
+def _quantize_works() -> bool:
+    # PyTorch announces that quantised tensors will go; then plain arithmetic takes over.
+    x = torch.tensor([-300.0, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 300.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = _quantize(x, 3)
+        except (RuntimeError, AttributeError, TypeError):
+            return False
+    return bool(torch.equal(found, (x.round() + 3).clamp(0, 255).to(torch.uint8)))
