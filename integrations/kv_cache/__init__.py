@@ -2,6 +2,11 @@
 
 from lightning_lossplug.integrations.kv_cache.cache import ChannelShrunkCache, remove_cache_hooks
 from lightning_lossplug.integrations.kv_cache.distillation import distill_kv
+from lightning_lossplug.integrations.kv_cache.double_sparsity import (
+    DoubleSparsity,
+    DoubleSparsityCache,
+    double_sparsity,
+)
 from lightning_lossplug.integrations.kv_cache.evaluation import decode_logits, decode_perplexity
 from lightning_lossplug.integrations.kv_cache.kivi import KIVICache
 from lightning_lossplug.integrations.kv_cache.plots import plot_kv_factors
@@ -18,6 +23,8 @@ from lightning_lossplug.kv_cache.shrink import record_moments, shrink_kv
 
 __all__ = [
     "ChannelShrunkCache",
+    "DoubleSparsity",
+    "DoubleSparsityCache",
     "KIVICache",
     "KVShrinkSettings",
     "RetrievalCase",
@@ -25,6 +32,7 @@ __all__ = [
     "decode_mode",
     "decode_perplexity",
     "distill_kv",
+    "double_sparsity",
     "key_value_case",
     "load_kv_factors",
     "passkey_case",
