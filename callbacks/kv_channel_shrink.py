@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.attention import attention_blocks
+from lightning_lossplug.kv_cache.decode_mode import decode_mode
 from lightning_lossplug.kv_cache.files import factors_from_state, factors_to_state, save_kv_factors
 from lightning_lossplug.kv_cache.fingerprint import fingerprint
 from lightning_lossplug.kv_cache.plan import KVFactors, fit_factors
@@ -24,7 +26,9 @@ from lightning_lossplug.losses.checks import check_choice
 
 
 class KVChannelShrink(Callback):
-    """Calibrates the language model of a run for a KV cache of low-rank codes; training itself is not changed.
+    """Calibrates the language model of a run for a KV cache of low-rank codes.
+
+    Training itself is not changed, unless ``adapt`` says so.
 
     Old keys (before rotation) and values are kept as codes of a share of their channels, recent ones exactly
     (after CSKV, arXiv 2409.10593, with closed-form factors). The factors are in every checkpoint from the moment they
@@ -36,10 +40,13 @@ class KVChannelShrink(Callback):
         v_ratio: Share of the value channels that is removed, in [0, 1).
         budget: Instead of the ratios: bytes of an old token over its bytes in the dense cache, in (0, 1].
         bytes_per_token: Instead of the ratios: bytes of an old token over all layers.
-        allocation: ``uniform`` (every layer the same share) or ``spectrum`` (where channels remove the most error).
+        allocation: ``uniform`` (every layer the same share), ``spectrum`` (where channels remove the most error) or
+            ``sensitivity`` (where they remove the most loss).
         k_weight: Importance of a relative error of keys over one of values, for ``spectrum``.
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
-        v_metric: Where ``whitened`` counts the error of values: ``plain``, or ``output``, after the output projection.
+        k_metric: Where ``whitened`` counts the error of keys: ``plain``, or ``gradient``, in the loss.
+        v_metric: The same of values: ``plain``, ``output`` (after the output projection) or ``gradient``.
+        head_group: Key-value heads that share a code; 0: all heads of a layer.
         alpha: Exponent of the input scale of ``asvd``.
         means: Code the deviation from the mean; see :class:`KVShrinkSettings`.
         k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
@@ -52,6 +59,8 @@ class KVChannelShrink(Callback):
             of the training itself, without any extra pass; early ones are of weights that have moved since. ``end``:
             as ``start``, with the final weights.
         calib_batches: Training batches for ``start`` and ``end``, per process.
+        adapt: With ``when="start"``: training steps see tokens older than the window through their codes, as decoding
+            will, so that the weights learn to live with them. A step's attention costs about twice.
         output: Folder to write the factors to at the end of the fit, that of the exported model say.
 
     Raises:
@@ -65,10 +74,12 @@ class KVChannelShrink(Callback):
         v_ratio: float = 0.8,
         budget: float | None = None,
         bytes_per_token: float | None = None,
-        allocation: Literal["uniform", "spectrum"] = "uniform",
+        allocation: Literal["uniform", "spectrum", "sensitivity"] = "uniform",
         k_weight: float = 1.0,
         init: Literal["whitened", "asvd", "svd"] = "whitened",
-        v_metric: Literal["plain", "output"] = "output",
+        k_metric: Literal["plain", "gradient"] = "plain",
+        v_metric: Literal["plain", "output", "gradient"] = "output",
+        head_group: int = 0,
         alpha: float = 0.5,
         means: bool = False,
         k_bits: int = 16,
@@ -79,6 +90,7 @@ class KVChannelShrink(Callback):
         lr: float = 1e-3,
         when: Literal["start", "training", "end"] = "end",
         calib_batches: int = 64,
+        adapt: bool = False,
         output: str | None = None,
     ) -> None:
         self.settings = KVShrinkSettings(
@@ -89,7 +101,9 @@ class KVChannelShrink(Callback):
             allocation=allocation,
             k_weight=k_weight,
             init=init,
+            k_metric=k_metric,
             v_metric=v_metric,
+            head_group=head_group,
             alpha=alpha,
             means=means,
             k_bits=k_bits,
@@ -100,12 +114,25 @@ class KVChannelShrink(Callback):
             lr=lr,
         )
         check_choice("KVChannelShrink", "when", when, ("start", "training", "end"))
+        if when == "training" and self.settings.needs_gradients:
+            raise LossplugError(
+                "when='training' records no gradients of keys and values",
+                where="KVChannelShrink",
+                remedy="Use when='end', or neither allocation='sensitivity' nor a metric of gradients",
+            )
+        if adapt and when != "start":
+            raise LossplugError(
+                f"adapt needs factors before the first step, and when is {when!r}",
+                where="KVChannelShrink",
+                remedy="Use when='start'",
+            )
         if calib_batches < 1:
             raise LossplugError(f"calib_batches is {calib_batches}, allowed is 1 or more", where="KVChannelShrink")
-        self.when, self.calib_batches, self.output = when, calib_batches, output
+        self.when, self.calib_batches, self.output, self.adapt = when, calib_batches, output, adapt
         self.factors: KVFactors | None = None
         self.recorder: MomentRecorder | None = None
         self._restored: dict[str, Any] | None = None
+        self._mode: AbstractContextManager[Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the model before anything is computed."""
@@ -122,6 +149,23 @@ class KVChannelShrink(Callback):
             self.recorder.start()
         elif self.when == "start" and self.factors is None:
             self._calibrate(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Puts codes between the model and its old tokens (``adapt``)."""
+        if self.adapt and self.factors is not None:
+            self._mode = decode_mode(pl_module, self.factors, 1, blocks=attention_blocks(pl_module))
+            self._mode.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes them away again."""
+        self._leave()
+
+    def _leave(self) -> None:
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the factors of ``training`` and ``end``, and writes them."""
@@ -141,7 +185,9 @@ class KVChannelShrink(Callback):
         loader = trainer.train_dataloader
         with isolate_rng():  # the order of the training batches stays what it is
             batches = itertools.islice(iter(loader), self.calib_batches)  # type: ignore[arg-type]
-            self._fit(pl_module, record_moments(pl_module, map(_token_ids, batches), self.settings.sinks))
+            ids = map(_token_ids, batches)
+            recorder = record_moments(pl_module, ids, self.settings.sinks, self.settings.needs_gradients)
+            self._fit(pl_module, recorder)
 
     def _fit(self, pl_module: LightningModule, recorder: MomentRecorder) -> None:
         recorder.all_reduce()
@@ -165,11 +211,13 @@ class KVChannelShrink(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the hooks off."""
+        self._leave()
         if self.recorder is not None:
             self.recorder.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same after an exception, when ``teardown`` is not called."""
+        self._leave()
         if self.recorder is not None:
             self.recorder.stop()
 

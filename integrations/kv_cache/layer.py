@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.kv_cache.history import RotaryHistory
+from lightning_lossplug.integrations.kv_cache.states import Pending, ShrunkStates
 from lightning_lossplug.kv_cache.attention import join_heads, split_heads
 from lightning_lossplug.kv_cache.factors import Factors
+from lightning_lossplug.kv_cache.history import RotaryHistory
+from lightning_lossplug.kv_cache.latent import LatentDecoders, LatentTokens, latent_attention
+from lightning_lossplug.kv_cache.native import NativeDecoders, native_attention, native_fits, native_or_warn
 from lightning_lossplug.kv_cache.plan import LayerFactors
 from lightning_lossplug.kv_cache.rotary import Rotary
 from lightning_lossplug.kv_cache.store import CodeStore, nbytes
@@ -27,6 +31,7 @@ class ChannelShrunkLayer(DynamicLayer):
         window: Recent tokens kept exactly, the current one among them.
         k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
         v_bits: The same for values.
+        attention: ``auto``, ``native``, ``latent`` or ``rebuild`` (:class:`ChannelShrunkCache`).
     """
 
     is_croppable = False  # codes can't be taken back
@@ -34,8 +39,13 @@ class ChannelShrunkLayer(DynamicLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int) -> None:
+    def __init__(
+        self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int, attention: str
+    ) -> None:
         super().__init__()
+        self.attention = attention
+        self.latent: LatentDecoders | None = None
+        self.native: NativeDecoders | None = None
         self.factors, self.rotary, self.window = factors, rotary, window
         self.key_codes = CodeStore(factors.keys.rank, k_bits)
         self.value_codes = CodeStore(factors.values.rank, v_bits)
@@ -102,9 +112,51 @@ class ChannelShrunkLayer(DynamicLayer):
             self.sink_values = self.values.gather(2, self._sink_index(self.values))
         if not first:
             self._encode(keep=max(self.window, new))
+        if new <= self.window and len(self.key_codes) and self._can_attend():
+            return self._pending()  # nothing is encoded any more before the attention has run
         keys, values = self._all()
         self._encode(keep=self.window)
         return keys, values
+
+    def _can_attend(self) -> bool:
+        """Whether attention can read the codes; found out at the first token after the prompt."""
+        if self.attention == "rebuild":
+            return False
+        if self.latent is None:
+            assert self.keys is not None
+            assert self.history is not None
+            pairing = self.rotary.pairing(self.history, self.keys.shape[-1])
+            if pairing is None:
+                self.attention = "rebuild"
+                return False
+            self.latent = LatentDecoders.of(*self.decoders, self.keys.shape[1], pairing)
+            if self.attention in ("auto", "native") and self.device.type == "cpu" and native_or_warn() is not None:
+                self.native = NativeDecoders(self.latent)
+        return True
+
+    def _pending(self) -> tuple[Tensor, Tensor]:
+        """Stand-ins for all keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.history is not None
+        assert self.latent is not None
+        sinks = None
+        if self.sink_columns is not None and self.sink_keys is not None and self.sink_values is not None:
+            sinks = (self.sink_columns, self.sink_keys, self.sink_values)
+        tokens = LatentTokens(
+            self.latent, self.key_codes, self.value_codes, self.history, self.keys, self.values, sinks
+        )
+        pending = Pending(partial(self._attend, tokens), self._all)
+        shape = (*self.keys.shape[:2], self.seen)
+        keys = ShrunkStates(pending, 0, (*shape, self.keys.shape[-1]), self.keys)
+        values = ShrunkStates(pending, 1, (*shape, self.values.shape[-1]), self.values)
+        return keys, values
+
+    def _attend(self, tokens: LatentTokens, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        library = None if self.native is None or not native_fits(tokens) else native_or_warn()
+        if library is None or self.native is None:
+            return latent_attention(query, tokens, scale, mask)
+        return native_attention(library, query, tokens, self.native, scale, mask)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -119,8 +171,12 @@ class ChannelShrunkLayer(DynamicLayer):
         if old <= 0:
             return
         start = len(self.key_codes)
-        tables = (table.float() for table in self.history.read(start, start + old))
-        plain = join_heads(self.rotary.unrotate(self.keys[:, :, :old].float(), *tables))
+        exact = self.keys[:, :, :old].float()
+        if self.latent is not None and self.latent.pairing.in_halves:
+            turned = self.latent.pairing.turn(exact, *self.history.inverse(start, start + old, compact=True))
+        else:
+            turned = self.rotary.rotate(exact, *self.history.inverse(start, start + old, compact=False))
+        plain = join_heads(turned)
         keys, values = self.encoders
         self.key_codes.append(keys.code(plain).to(self.dtype))
         self.value_codes.append(values.code(join_heads(self.values[:, :, :old]).float()).to(self.dtype))
@@ -207,6 +263,7 @@ class ChannelShrunkLayer(DynamicLayer):
         """Forgets all tokens."""
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
+        self.latent = self.native = None
         self.key_codes.clear()
         self.value_codes.clear()
         self.history = None

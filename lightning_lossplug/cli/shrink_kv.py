@@ -36,8 +36,10 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--bytes-per-token", type=float, help="the same as a number of bytes, over all layers")
     parser.add_argument("--k-ratio", type=float, help="instead: share of the key channels to remove")
     parser.add_argument("--v-ratio", type=float, help="instead: share of the value channels to remove")
-    parser.add_argument("--allocation", default="uniform", help="uniform (default) or spectrum")
-    parser.add_argument("--k-weight", type=float, default=1.0, help="importance of keys over values for spectrum (1)")
+    parser.add_argument("--allocation", default="uniform", help="uniform (default), spectrum or sensitivity")
+    parser.add_argument(
+        "--k-weight", type=float, default=1.0, help="importance of keys over values, unless uniform (1)"
+    )
     parser.add_argument("--init", default="whitened", help="whitened (default), asvd or svd")
     parser.add_argument("--bits", type=int, default=16, help="bits of a code's channel: 16 (default), 8, 4 or 2")
     parser.add_argument("--window", type=int, default=32, help="recent tokens kept exactly (32)")
@@ -47,6 +49,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--evaluate", type=positive_int, metavar="N", help="perplexity of decoding on N blocks from the text's end"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of spectra, channels and errors by layer")
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
@@ -55,6 +58,9 @@ def run(arguments: list[str]) -> None:
         require(package, extra, "lossplug shrink-kv")
     settings = read_settings(options)
     output = output_folder(options)
+    if options.plot is not None:
+        require("matplotlib", "cli", "lossplug shrink-kv --plot")
+        require_writable(options.plot)
     from lightning_lossplug.cli.evaluate import check_device
     from lightning_lossplug.cli.quiet import lightning_output
 
@@ -142,7 +148,7 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     import torch
 
     from lightning_lossplug.integrations.data.text import tokenize
-    from lightning_lossplug.integrations.kv_cache import decode_perplexity
+    from lightning_lossplug.integrations.kv_cache import decode_perplexity, plot_kv_factors
     from lightning_lossplug.integrations.pretrained import load_causal_lm, load_tokenizer
     from lightning_lossplug.kv_cache import fit_factors, record_moments, save_kv_factors
     from lightning_lossplug.kv_cache.attention import attention_blocks
@@ -155,8 +161,11 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     calibration = tokens[: min(options.tokens, max(len(tokens) - held, 0))]
     with progress() as bar:
         blocks = [block[None] for block in calibration.split(options.block_size)]
-        recorder = record_moments(model, bar.track(blocks, description="calibrating"), settings.sinks)
+        tracked = bar.track(blocks, description="calibrating")
+        recorder = record_moments(model, tracked, settings.sinks, settings.needs_gradients)
         factors = fit_factors(model, recorder, settings)
+        if options.plot is not None:
+            plot_kv_factors(factors, options.plot, recorder)
         element_bytes = next(iter(model.parameters())).element_size()
         found = {
             "model": options.model,

@@ -5,6 +5,7 @@ The cache for transformers' ``generate`` is :mod:`lightning_lossplug.integration
 
 from lightning_lossplug.kv_cache.allocation import allocate_ranks, rank_of_ratio
 from lightning_lossplug.kv_cache.codes import code_bytes, dequantize_codes, quantize_codes
+from lightning_lossplug.kv_cache.decode_mode import decode_mode
 from lightning_lossplug.kv_cache.factors import (
     Factors,
     asvd_init,
@@ -14,6 +15,7 @@ from lightning_lossplug.kv_cache.factors import (
     whitened_init,
 )
 from lightning_lossplug.kv_cache.files import load_kv_factors, save_kv_factors
+from lightning_lossplug.kv_cache.gradients import gradient_moments
 from lightning_lossplug.kv_cache.moments import Moments
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
@@ -37,10 +39,12 @@ __all__ = [
     "balanced",
     "cache_bytes",
     "code_bytes",
+    "decode_mode",
     "dense_token_bytes",
     "dequantize_codes",
     "encoder_of",
     "fit_factors",
+    "gradient_moments",
     "gram_loss",
     "load_kv_factors",
     "quantize_codes",

@@ -24,7 +24,12 @@ def rank_of_ratio(width: int, ratio: float, where: str = "rank_of_ratio") -> int
 
 
 def allocate_ranks(
-    spectra: Sequence[Tensor], costs: Sequence[float], budget: float, *, weights: Sequence[float] | None = None
+    spectra: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    *,
+    weights: Sequence[float] | None = None,
+    absolute: bool = False,
 ) -> list[int]:
     r"""Spends a budget of bytes on channels where they remove the most error.
 
@@ -37,6 +42,7 @@ def allocate_ranks(
         costs: Bytes per token of one channel of every branch.
         budget: Bytes per token.
         weights: Importance of the relative error of every branch; None for 1.
+        absolute: Eigenvalues of all branches are in one unit already (loss, say): don't divide them by their sum.
 
     Raises:
         LossplugError: The budget is too small for one channel each.
@@ -50,7 +56,9 @@ def allocate_ranks(
         )
     branches, gains, bytes_ = [], [], []
     for index, (spectrum, cost) in enumerate(zip(spectra, costs, strict=True)):
-        share = spectrum.double().clamp_min(0) / spectrum.double().clamp_min(0).sum().clamp_min(1e-300)
+        share = spectrum.double().clamp_min(0)
+        if not absolute:
+            share = share / share.sum().clamp_min(1e-300)
         weight = 1.0 if weights is None else weights[index]
         gains.append(share[1:] * (weight / cost))
         branches.append(torch.full((len(share) - 1,), index))

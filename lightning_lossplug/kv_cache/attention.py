@@ -168,6 +168,16 @@ def sink_columns(valid: Tensor | None, sinks: int, batch: int, tokens: int, devi
     return columns.clamp_max(tokens - 1)
 
 
+def counted_tokens(mask: Any, batch: int, tokens: int, sinks: int, device: torch.device) -> Tensor | None:
+    """Returns which tokens calibration counts, bool ``[batch, tokens]``: no padding and no sinks; None for all."""
+    valid = key_validity(mask, batch, tokens)
+    if not sinks:
+        return valid
+    columns = sink_columns(valid, sinks, batch, tokens, device)
+    every = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    return (every if valid is None else valid.to(device)).scatter(1, columns, False)
+
+
 class Tap:
     """Stands in for the cache of one attention block: hands keys and values to ``see``, then to the real cache.
 

@@ -52,6 +52,12 @@ class Moments:
         self.gram = self.gram.to(rows.device).addmm_(rows.T, rows)
         self.count += len(rows)
 
+    def add(self, other: Moments) -> None:
+        """Adds the sums of another stream."""
+        self.count += other.count
+        self.total = self.total.to(other.total.device) + other.total
+        self.gram = self.gram.to(other.gram.device) + other.gram
+
     def mean(self) -> Tensor:
         """Returns the mean, float64 ``[c]``."""
         return self.total / max(self.count, 1)

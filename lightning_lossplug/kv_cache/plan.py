@@ -131,21 +131,37 @@ def fit_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSe
     element_bytes = next(iter(model.parameters())).element_size()
     layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
     branches = [moments for layer in layers.values() for moments in (layer.keys, layer.values)]
-    metrics = [m for index, layer in layers.items() for m in (None, _metric(recorder.blocks[index], layer, settings))]
-    ranks = _ranks(branches, metrics, settings, element_bytes)
+    metrics = [m for index, layer in layers.items() for m in _metrics(recorder.blocks[index], layer, settings)]
+    costs: list[Tensor | None] = list(metrics)
+    if settings.allocation == "sensitivity":
+        costs = [_gradient(layer, which) for layer in layers.values() for which in (0, 1)]
+    ranks = _ranks(branches, costs, settings, element_bytes)
     made: dict[int, LayerFactors] = {}
     for position, (index, layer) in enumerate(layers.items()):
         block = recorder.blocks[index]
         k_rank, v_rank = ranks[2 * position : 2 * position + 2]
-        keys, k_error = _factors(layer.keys, None, k_rank, settings, layer, block, "k_proj")
+        keys, k_error = _factors(layer.keys, metrics[2 * position], k_rank, settings, layer, block, "k_proj")
         values, v_error = _factors(layer.values, metrics[2 * position + 1], v_rank, settings, layer, block, "v_proj")
         made[index] = LayerFactors(keys, values, k_error, v_error)
     return KVFactors(made, settings, fingerprint(model, recorder.blocks), recorder.tokens)
 
 
-def _metric(block: AttentionBlock, layer: LayerMoments, settings: KVShrinkSettings) -> Tensor | None:
-    metric = output_metric(block, layer.values.width) if settings.v_metric == "output" else None
-    return None if metric is None else metric.cpu()
+def _metrics(
+    block: AttentionBlock, layer: LayerMoments, settings: KVShrinkSettings
+) -> tuple[Tensor | None, Tensor | None]:
+    keys = _gradient(layer, 0) if settings.k_metric == "gradient" else None
+    if settings.v_metric == "gradient":
+        return keys, _gradient(layer, 1)
+    values = output_metric(block, layer.values.width) if settings.v_metric == "output" else None
+    return keys, None if values is None else values.cpu()
+
+
+def _gradient(layer: LayerMoments, which: int) -> Tensor:
+    if layer.gradients is None:
+        raise LossplugError(
+            "the calibration has no gradients", where="fit_factors", remedy="record_moments(..., gradients=True)"
+        )
+    return layer.gradients[which].second(centred=False).cpu()
 
 
 def _ranks(
@@ -173,6 +189,7 @@ def _ranks(
         return ranks
     costs = [element_bytes if b == 16 else b / 8 for b in bits]
     weights = [settings.k_weight, 1.0] * (len(branches) // 2)
+    absolute = settings.allocation == "sensitivity"
     spectra = []
     for moments, metric in zip(branches, metrics, strict=True):
         second = moments.second(centred=settings.means).cpu()
@@ -184,10 +201,10 @@ def _ranks(
 
     # ranges and padding of few-bit codes are no multiple of the rank: search the channels that fit with them
     low, high = sum(costs), float(dense)
-    best = allocate_ranks(spectra, costs, low, weights=weights)
+    best = allocate_ranks(spectra, costs, low, weights=weights, absolute=absolute)
     for _ in range(40):
         middle = (low + high) / 2
-        found = allocate_ranks(spectra, costs, middle, weights=weights)
+        found = allocate_ranks(spectra, costs, middle, weights=weights, absolute=absolute)
         if bytes_of(found) <= limit:
             low, best = middle, found
         else:
@@ -211,20 +228,54 @@ def _factors(
     name: str,
 ) -> tuple[Factors, float]:
     second = moments.second(centred=settings.means).cpu()
-    if settings.init == "whitened":
-        encode, decode = whitened_init(second, None, rank, metric)
-    else:
-        weight = projection_weight(block, name).cpu().double()
-        if settings.init == "svd":
-            decode = svd_init(weight, rank)[1]
-        else:
-            decode = asvd_init(weight, layer.input_scale().cpu(), rank, settings.alpha)[1]
-        encode = encoder_of(decode)
-    if settings.steps:
-        encode, decode = train_factors(second, None, encode, decode, steps=settings.steps, lr=settings.lr)
+    weight = None if settings.init == "whitened" else projection_weight(block, name).cpu().double()
+    scale = layer.input_scale().cpu() if settings.init == "asvd" else None
+    pieces = []
+    for channels, part in _head_groups(moments.width, rank, settings, block, name):
+        inner = second[channels, channels]
+        metric_part = None if metric is None else metric[channels, channels]
+        weight_part = None if weight is None else weight[:, channels]
+        encode, decode = _start(inner, metric_part, weight_part, scale, part, settings)
+        if settings.steps:
+            encode, decode = train_factors(inner, None, encode, decode, steps=settings.steps, lr=settings.lr)
+        pieces.append((encode, decode))
+    encode, decode = (torch.block_diag(*parts) for parts in zip(*pieces, strict=True))
     mean = moments.mean().cpu() if settings.means else None
     factors = balanced(Factors(encode, decode, mean), second)
     return factors.to(dtype=torch.float32), relative_error(second, factors)
+
+
+def _start(
+    second: Tensor,
+    metric: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    rank: int,
+    settings: KVShrinkSettings,
+) -> tuple[Tensor, Tensor]:
+    if weight is None:
+        return whitened_init(second, None, rank, metric)
+    decode = svd_init(weight, rank)[1] if scale is None else asvd_init(weight, scale, rank, settings.alpha)[1]
+    return encoder_of(decode), decode
+
+
+def _head_groups(
+    width: int, rank: int, settings: KVShrinkSettings, block: AttentionBlock, name: str
+) -> list[tuple[slice, int]]:
+    """Channels and ranks of the groups of heads that are coded together."""
+    if not settings.head_group:
+        return [(slice(0, width), rank)]
+    size = getattr(block.module, "head_dim", getattr(block.module, "head_size", None))
+    heads = width // size if isinstance(size, int) else 0
+    groups, left = divmod(heads, settings.head_group)
+    if left or not groups or rank < groups:
+        raise LossplugError(
+            f"{name} has {heads} heads and rank {rank}, which can't be coded in groups of {settings.head_group}",
+            where=block.path,
+            remedy="Choose a head_group that divides the heads, and a channel per group at least",
+        )
+    step = width // groups
+    return [(slice(i * step, (i + 1) * step), rank // groups + (i < rank % groups)) for i in range(groups)]
 
 
 def relative_error(second: Tensor, factors: Factors) -> float:

@@ -15,10 +15,9 @@ from lightning_lossplug.kv_cache.attention import (
     Tap,
     attention_blocks,
     block_input,
+    counted_tokens,
     join_heads,
-    key_validity,
     rotary_tables,
-    sink_columns,
 )
 from lightning_lossplug.kv_cache.moments import Moments
 
@@ -29,11 +28,29 @@ class LayerMoments:
     Args:
         keys: Moments of the keys of all heads of a token, after bias and key norm, before rotation, ``[H_kv * d]``.
         values: Moments of the values.
-        inputs: Sum of the absolute inputs of the block, float64 ``[h]``, and how many vectors that was.
+        inputs: Sum of the absolute inputs of the block, float64 ``[h]``.
+        input_count: How many vectors that was.
+        gradients: Moments of the gradients of keys and of values, or None (:func:`gradient_moments`).
     """
 
-    def __init__(self, keys: Moments, values: Moments, inputs: Tensor, input_count: int = 0) -> None:
+    def __init__(
+        self,
+        keys: Moments,
+        values: Moments,
+        inputs: Tensor,
+        input_count: int = 0,
+        gradients: tuple[Moments, Moments] | None = None,
+    ) -> None:
         self.keys, self.values, self.inputs, self.input_count = keys, values, inputs, input_count
+        self.gradients = gradients
+
+    def add_gradients(self, more: tuple[Moments, Moments]) -> None:
+        """Adds gradients of some more tokens."""
+        if self.gradients is None:
+            self.gradients = more
+            return
+        for mine, new in zip(self.gradients, more, strict=True):
+            mine.add(new)
 
     def input_scale(self) -> Tensor:
         """Returns the mean absolute input of every channel, ``[h]``."""
@@ -42,13 +59,16 @@ class LayerMoments:
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums."""
         branches = {"keys": self.keys.state_dict(), "values": self.values.state_dict()}
-        return {**branches, "inputs": self.inputs.cpu(), "input_count": self.input_count}
+        gradients = None if self.gradients is None else [moments.state_dict() for moments in self.gradients]
+        return {**branches, "inputs": self.inputs.cpu(), "input_count": self.input_count, "gradients": gradients}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LayerMoments:
         """Rebuilds what :meth:`state_dict` returned."""
         keys, values = Moments.from_state(state["keys"]), Moments.from_state(state["values"])
-        return cls(keys, values, state["inputs"].clone(), state["input_count"])
+        pair = state.get("gradients")
+        gradients = None if pair is None else (Moments.from_state(pair[0]), Moments.from_state(pair[1]))
+        return cls(keys, values, state["inputs"].clone(), state["input_count"], gradients)
 
 
 class MomentRecorder:
@@ -104,6 +124,8 @@ class MomentRecorder:
         for layer in self.layers.values():
             layer.keys.all_reduce()
             layer.values.all_reduce()
+            for moments in layer.gradients or ():
+                moments.all_reduce()
             count = torch.tensor(layer.input_count, device=layer.inputs.device)
             dist.all_reduce(layer.inputs)
             dist.all_reduce(count)
@@ -132,11 +154,7 @@ class MomentRecorder:
             def see(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
                     batch, _, tokens, _ = keys.shape
-                    valid = key_validity(mask, batch, tokens)
-                    if self.sinks:
-                        columns = sink_columns(valid, self.sinks, batch, tokens, keys.device)
-                        every = torch.ones(batch, tokens, dtype=torch.bool, device=keys.device)
-                        valid = (every if valid is None else valid.to(keys.device)).scatter(1, columns, False)
+                    valid = counted_tokens(mask, batch, tokens, self.sinks, keys.device)
                     plain = block.rotary.unrotate(keys.detach().float(), cos.float(), sin.float())
                     self._record(block.index, join_heads(plain), join_heads(values.detach()), inputs.detach(), valid)
                 return keys, values

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.kv_cache.history import RotaryHistory
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which channels of a head rotate together.
+
+    Args:
+        order: The channels so that i and i + half rotate by one angle for i < half, and the rest doesn't, ``[d]``.
+        half: Angles.
+    """
+
+    order: Tensor
+    half: int
+
+    @cached_property
+    def in_halves(self) -> bool:
+        """Whether the channels stand in this order already."""
+        return torch.equal(self.order, torch.arange(len(self.order), device=self.order.device))
+
+    def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates keys ``[..., d]`` whose channels stand in halves by tables ``[..., half]``."""
+        one, two, rest = keys.split([self.half, self.half, keys.shape[-1] - 2 * self.half], dim=-1)
+        return torch.cat([torch.addcmul(one * cos, two, sin, value=-1), torch.addcmul(two * cos, one, sin), rest], -1)
 
 
 class Rotary:
@@ -36,6 +62,31 @@ class Rotary:
         """Undoes :meth:`rotate`."""
         size = cos.square() + sin.square()
         return self.rotate(keys, cos / size, -sin / size)
+
+    def pairing(self, history: RotaryHistory, width: int) -> Pairing | None:
+        """Returns how the channels of a head of ``width`` are paired under some tables; None for an unknown way.
+
+        It is tried out on the last tokens of ``history``, whose angles are the largest.
+        """
+        if history.form not in ("halves", "pairs"):
+            return None
+        start = max(len(history) - 4, 0)
+        cos, sin = (table[:1].float() for table in history.read(start, len(history)))
+        rotary = cos.shape[-1]
+        half, single = rotary // 2, history.tables.read(start, len(history))[:, :1].float()
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(1, 1, cos.shape[1], width, generator=generator).to(cos.device)
+        turned = self.rotate(keys, cos, sin)
+        every = torch.arange(width, device=cos.device)
+        for order in (every, torch.cat([every[:rotary:2], every[1:rotary:2], every[rotary:]])):
+            one, two, rest = keys[..., order].split([half, half, width - rotary], dim=-1)
+            parts = [one * single[0] - two * single[1], two * single[0] + one * single[1], rest]
+            # a table that turns nothing would fit every order
+            if (turned - keys).abs().amax() > 1e-3 and torch.allclose(
+                torch.cat(parts, dim=-1), turned[..., order], rtol=1e-5, atol=1e-5
+            ):
+                return Pairing(order, half)
+        return None
 
 
 def find_rotary(module: nn.Module, where: str) -> Rotary:

@@ -9,8 +9,9 @@ from lightning_lossplug.kv_cache.codes import check_bits
 from lightning_lossplug.losses.checks import check_choice, check_number
 
 INITS = ("whitened", "asvd", "svd")
-ALLOCATIONS = ("uniform", "spectrum")
-METRICS = ("plain", "output")
+ALLOCATIONS = ("uniform", "spectrum", "sensitivity")
+K_METRICS = ("plain", "gradient")
+V_METRICS = ("plain", "output", "gradient")
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,16 @@ class KVShrinkSettings:
         budget: Instead of the ratios: bytes of an old token over its bytes in the dense cache, in (0, 1].
         bytes_per_token: Instead of the ratios: bytes of an old token over all layers.
         allocation: ``uniform``: every layer the same share. ``spectrum``: channels go where they remove the most
-            relative error, under the same number of bytes.
-        k_weight: Importance of a relative error of keys over one of values, > 0, for ``spectrum``.
+            relative error, under the same number of bytes. ``sensitivity``: where they remove the most loss, as
+            gradients of the loss with respect to keys and values tell it.
+        k_weight: Importance of an error of keys over one of values, > 0, for ``spectrum`` and ``sensitivity``.
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
-        v_metric: Where ``whitened`` (and ``spectrum``) counts the error of values: ``plain`` for the values themselves,
-            ``output`` after the output projection of the attention block, where it is found.
+        k_metric: Where ``whitened`` (and ``spectrum``) counts the error of keys: ``plain`` for the keys themselves,
+            ``gradient`` in the loss, to second order.
+        v_metric: The same of values: ``plain``, ``output`` after the output projection of the attention block, where
+            it is found, or ``gradient``.
+        head_group: Key-value heads that share a code, a divisor of all heads (Palu's groups, 1 for a code per head); 0:
+            all heads of a layer, which loses least at equal bytes.
         alpha: Exponent of ``asvd``'s input scale, >= 0.
         means: Code the deviation from the mean. It lowers the squared error and can still raise the perplexity: tokens
             that attention rests on have values near 0, which a code through 0 keeps and a code about the mean doesn't.
@@ -47,7 +53,9 @@ class KVShrinkSettings:
     allocation: str = "uniform"
     k_weight: float = 1.0
     init: str = "whitened"
+    k_metric: str = "plain"
     v_metric: str = "output"
+    head_group: int = 0
     alpha: float = 0.5
     means: bool = False
     k_bits: int = 16
@@ -66,7 +74,8 @@ class KVShrinkSettings:
         check_number(where, "lr", self.lr, above=0)
         check_choice(where, "init", self.init, INITS)
         check_choice(where, "allocation", self.allocation, ALLOCATIONS)
-        check_choice(where, "v_metric", self.v_metric, METRICS)
+        check_choice(where, "k_metric", self.k_metric, K_METRICS)
+        check_choice(where, "v_metric", self.v_metric, V_METRICS)
         check_bits(where, self.k_bits)
         check_bits(where, self.v_bits)
         if self.budget is not None:
@@ -75,7 +84,12 @@ class KVShrinkSettings:
             check_number(where, "bytes_per_token", self.bytes_per_token, above=0)
         if self.budget is not None and self.bytes_per_token is not None:
             raise LossplugError("both budget and bytes_per_token are given", where=where, remedy="Give one of them")
-        for name, least in (("window", 1), ("sinks", 0), ("steps", 0)):
+        for name, least in (("window", 1), ("sinks", 0), ("steps", 0), ("head_group", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise LossplugError(f"{name} is {value!r}, allowed are whole numbers from {least}", where=where)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration has to record gradients."""
+        return "gradient" in (self.k_metric, self.v_metric) or self.allocation == "sensitivity"

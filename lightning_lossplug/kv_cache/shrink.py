@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,15 +11,19 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.attention import AttentionBlock
+from lightning_lossplug.kv_cache.gradients import gradient_moments
 from lightning_lossplug.kv_cache.plan import KVFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
 from lightning_lossplug.kv_cache.settings import KVShrinkSettings
 
+GRADIENT_EVERY = 8  # batches; a backward pass costs about as much as a forward pass
 _INPUTS = ("input_ids", "attention_mask")
 
 
 @torch.no_grad()
-def record_moments(model: nn.Module, batches: Iterable[Any], sinks: int = KVShrinkSettings.sinks) -> MomentRecorder:
+def record_moments(
+    model: nn.Module, batches: Iterable[Any], sinks: int = KVShrinkSettings.sinks, gradients: bool = False
+) -> MomentRecorder:
     """Runs a model over token ids and records the moments of its keys and values.
 
     The memory of what is recorded doesn't depend on how many tokens there are.
@@ -28,27 +32,57 @@ def record_moments(model: nn.Module, batches: Iterable[Any], sinks: int = KVShri
         model: A decoder of transformers, or a module that holds one; its mode (``train`` or ``eval``) is restored.
         batches: int64 ``[B, T]`` tensors, or dicts with ``input_ids`` and perhaps ``attention_mask``.
         sinks: First tokens of every row that are left out (:class:`KVShrinkSettings`).
+        gradients: Of every eighth batch, record the gradients of the loss, too (:func:`gradient_moments`).
 
     Raises:
-        LossplugError: No layer whose cache can be shrunk, or a batch without token ids.
+        LossplugError: No layer whose cache can be shrunk, a batch without token ids, or gradients of a model without
+            a loss.
     """
     recorder = MomentRecorder(model, sinks)
-    backbone = _backbone(model, recorder.blocks)
+
+    def backward(inputs: dict[str, Tensor]) -> None:
+        for index, pair in gradient_moments(model, recorder.blocks, inputs, sinks).items():
+            recorder.layers[index].add_gradients(pair)
+
+    with recorder:
+        run_batches(model, recorder.blocks, batches, backward if gradients else None)
+    return recorder
+
+
+def run_batches(
+    model: nn.Module,
+    blocks: dict[int, AttentionBlock],
+    batches: Iterable[Any],
+    backward: Callable[[dict[str, Tensor]], None] | None = None,
+) -> None:
+    """Runs a model over token ids in ``eval`` mode, without its head.
+
+    Args:
+        model: A decoder of transformers, or a module that holds one; its mode is restored.
+        blocks: Its attention blocks.
+        batches: int64 ``[B, T]`` tensors, or dicts with ``input_ids`` and perhaps ``attention_mask``.
+        backward: Called with every eighth batch instead.
+
+    Raises:
+        LossplugError: A batch without token ids.
+    """
+    backbone = _backbone(model, blocks)
     device = next(iter(backbone.parameters())).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with recorder:
-            for batch in batches:
-                if not isinstance(batch, Tensor) and "input_ids" not in batch:
-                    raise LossplugError("a batch has no input_ids", where="calibration")
-                found = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-                inputs = {name: found[name].to(device) for name in _INPUTS if found.get(name) is not None}
+        for number, batch in enumerate(batches):
+            if not isinstance(batch, Tensor) and "input_ids" not in batch:
+                raise LossplugError("a batch has no input_ids", where="calibration")
+            found = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+            inputs = {name: found[name].to(device) for name in _INPUTS if found.get(name) is not None}
+            if backward is not None and number % GRADIENT_EVERY == 0:
+                backward(inputs)
+            else:
                 backbone(**inputs, use_cache=False)
     finally:
         for module, mode in modes:
             module.training = mode
-    return recorder
 
 
 def shrink_kv(model: nn.Module, batches: Iterable[Any], settings: KVShrinkSettings | None = None) -> KVFactors:
@@ -64,7 +98,7 @@ def shrink_kv(model: nn.Module, batches: Iterable[Any], settings: KVShrinkSettin
             of 0, a budget that is too small.
     """
     settings = settings or KVShrinkSettings()
-    return fit_factors(model, record_moments(model, batches, settings.sinks), settings)
+    return fit_factors(model, record_moments(model, batches, settings.sinks, settings.needs_gradients), settings)
 
 
 def _backbone(model: nn.Module, blocks: dict[int, AttentionBlock]) -> nn.Module:

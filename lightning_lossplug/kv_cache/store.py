@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.kv_cache.codes import dequantize_codes, quantize_codes
+from lightning_lossplug.kv_cache.pages import Pages
 
 
 class CodeStore:
@@ -20,31 +21,48 @@ class CodeStore:
 
     def __init__(self, rank: int, bits: int) -> None:
         self.rank, self.bits = rank, bits
-        self.parts: tuple[Tensor, ...] = ()
+        self.forms = (Pages(1),) if bits == 16 else (Pages(1), Pages(1))  # codes; or packed codes and their ranges
 
     def __len__(self) -> int:
-        return self.parts[0].shape[1] if self.parts else 0
+        return len(self.forms[0])
+
+    @property
+    def pages(self) -> int:
+        """Pages that the codes are kept in."""
+        return len(self.forms[0].pages)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All tensors that are kept."""
+        return tuple(page for form in self.forms for page in form.pages)
 
     def append(self, codes: Tensor) -> None:
         """Adds codes ``[batch, tokens, r]`` at the end."""
         new = (codes,) if self.bits == 16 else quantize_codes(codes, self.bits)
-        pairs = zip(self.parts, new, strict=True)
-        self.parts = tuple(torch.cat(pair, dim=1) for pair in pairs) if self.parts else new
+        for form, part in zip(self.forms, new, strict=True):
+            form.append(part)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """Returns all codes, ``[batch, tokens, r]``."""
+        pages = [self.page(index, dtype) for index in range(self.pages)]
+        return pages[0] if len(pages) == 1 else torch.cat(pages, dim=1)
+
+    def page(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Returns the codes of one page, ``[batch, tokens of the page, r]``."""
         if self.bits == 16:
-            return self.parts[0]
-        packed, ranges = self.parts
+            return self.forms[0].pages[index]
+        packed, ranges = (form.pages[index] for form in self.forms)
         return dequantize_codes(packed, ranges, self.rank, self.bits, dtype)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor, for a change of batch or device."""
-        self.parts = tuple(function(part) for part in self.parts)
+        for form in self.forms:
+            form.apply(function)
 
     def clear(self) -> None:
         """Forgets all codes."""
-        self.parts = ()
+        for form in self.forms:
+            form.clear()
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -61,7 +62,9 @@ def model_of(family: str, implementation: str = "sdpa"):
     torch.manual_seed(0)
     if family in ("gemma2",) and implementation == "sdpa":
         implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family), attn_implementation=implementation)
+    model = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config_of(family)), attn_implementation=implementation
+    )
     for parameter in model.parameters():  # biases and norms that do something
         if parameter.ndim == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))

@@ -68,7 +68,7 @@ def test_factors_beside_the_model(model, text):
 def test_json_bits_and_perplexity(model, text, tmp_path):
     code, out, err = run(
         "shrink-kv", model, "--text", text, "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
-        "--block-size", 32, "--evaluate", 2, "--json",
+        "--block-size", 32, "--evaluate", 2, "--json", "--plot", tmp_path / "a.png",
     )  # fmt: skip
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -77,6 +77,7 @@ def test_json_bits_and_perplexity(model, text, tmp_path):
     assert found["bytes_per_token"] == 3 * (4 + 4 + 6 + 4)
     assert found["tokens"] == (56 * 12 + 1 - 64) // 32 * (32 - 4)
     assert 0.5 < found["perplexity"] / found["dense_perplexity"] < 2
+    assert (tmp_path / "a.png").stat().st_size > 1000
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["kv_factors.json", "kv_factors.safetensors"]
 
 

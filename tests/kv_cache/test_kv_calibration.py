@@ -18,7 +18,7 @@ from lightning_lossplug.integrations.kv_cache import (
     shrink_kv,
 )
 from lightning_lossplug.kv_cache import MomentRecorder, fit_factors, shrunk_token_bytes
-from lightning_lossplug.kv_cache.attention import attention_blocks, output_metric
+from lightning_lossplug.kv_cache.attention import Tap, attention_blocks, join_heads, output_metric
 
 TEXT = [tokens(4, 40, seed) for seed in range(3)]
 
@@ -245,3 +245,79 @@ def test_every_family_has_its_layers():
 
 def test_settings_are_plain_values():
     assert KVShrinkSettings(**dataclasses.asdict(KVShrinkSettings(budget=0.2))) == KVShrinkSettings(budget=0.2)
+
+
+@pytest.mark.parametrize("family", ["llama_yarn", "phi"])
+def test_gradients_predict_what_an_error_costs(family):
+    model, ids = model_of(family), tokens(2, 12)
+    recorder = record_moments(model, [ids], sinks=0, gradients=True)
+    assert recorder.tokens == 24
+    assert all(p.requires_grad for p in model.parameters())
+    block = attention_blocks(model)[1]
+    heads = recorder.layers[1].keys.width // 8
+    seen = {}
+
+    def hook(module, args, kwargs):
+        cos, sin = kwargs["position_embeddings"]
+
+        def see(keys, values):
+            plain = block.rotary.unrotate(keys, cos, sin).detach().requires_grad_()
+            seen["keys"], seen["values"] = plain, values.detach().requires_grad_()
+            return block.rotary.rotate(plain, cos, sin), seen["values"]
+
+        return args, {**kwargs, block.cache: Tap(see, None)}
+
+    handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
+    (model(input_ids=ids, labels=ids, use_cache=False).loss * 22).backward()
+    handle.remove()
+    model.zero_grad()
+    for name, moments in zip(("keys", "values"), recorder.layers[1].gradients, strict=True):
+        g = join_heads(seen[name].grad).flatten(0, 1).double()
+        assert g.shape[1] == 8 * heads
+        torch.testing.assert_close(moments.gram, g.T @ g, rtol=1e-3, atol=1e-6)
+        assert moments.count == 24
+    again = MomentRecorder(model)
+    again.load_state_dict(recorder.state_dict())
+    assert torch.equal(again.layers[1].gradients[0].gram, recorder.layers[1].gradients[0].gram)
+
+
+def test_sensitivity_spends_where_the_loss_is(monkeypatch):
+    model = model_of("llama")
+    recorder = record_moments(model, TEXT, gradients=True)
+    for pair in recorder.layers[1].gradients, recorder.layers[2].gradients:
+        for moments in pair:
+            moments.gram *= 1e-9  # only layer 0 matters
+    made = fit_factors(model, recorder, KVShrinkSettings(budget=0.5, allocation="sensitivity"))
+    assert shrunk_token_bytes(made.branches(), 4) <= 192
+    assert made.layers[0].keys.rank + made.layers[0].values.rank > 25
+    settings = {m: KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, k_metric=m, v_metric=m) for m in ("plain", "gradient")}
+    found = {m: fit_factors(model, recorder, s).layers[0] for m, s in settings.items()}
+    metric = recorder.layers[0].gradients[0].second(centred=False)
+    second = recorder.layers[0].keys.second(centred=False)
+
+    def cost(factors):
+        rest = torch.eye(16, dtype=torch.float64) - factors.encode.double() @ factors.decode.double()
+        return float((rest.T @ second @ rest * metric).sum())
+
+    assert cost(found["gradient"].keys) < cost(found["plain"].keys)
+    with pytest.raises(LossplugError, match="the calibration has no gradients"):
+        fit_factors(model, record_moments(model, TEXT), KVShrinkSettings(allocation="sensitivity"))
+    with pytest.raises(LossplugError, match="LlamaModel computes no loss"):
+        record_moments(model.model, TEXT, gradients=True)
+
+
+def test_head_groups_have_codes_of_their_own():
+    model = model_of("gpt_neox")  # four heads of 8
+    recorder = record_moments(model, TEXT)
+    errors = []
+    for group in (4, 2, 1, 0):
+        settings = KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, head_group=group, v_metric="plain")
+        made = fit_factors(model, recorder, settings)
+        errors.append(sum(layer.k_error + layer.v_error for layer in made.layers.values()))
+        outside = torch.block_diag(*[torch.ones(8 * group, 4 * group)] * (4 // group)) == 0 if group else None
+        assert made.layers[0].keys.rank == 16
+        assert group == 0 or bool((made.layers[0].keys.encode[outside] == 0).all())
+    assert errors[0] == pytest.approx(errors[3])
+    assert errors[0] <= errors[1] <= errors[2]
+    with pytest.raises(LossplugError, match="4 heads and rank 16, which can't be coded in groups of 3"):
+        fit_factors(model, recorder, KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, head_group=3))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lossplug.callbacks import KVChannelShrink
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, load_kv_factors, shrink_kv
+from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, decode_mode, load_kv_factors, shrink_kv
 from lightning_lossplug.kv_cache import KVShrinkSettings
 from lightning_lossplug.registry import registry
 
@@ -179,3 +179,20 @@ def test_a_module_without_a_language_model():
 
     with pytest.raises(LossplugError, match="has no layer with full attention"):
         fit(KVChannelShrink(), Plain())
+
+
+def test_adapted_weights_live_better_with_their_codes():
+    losses = {}
+    for adapt in (False, True):
+        settings = {"k_ratio": 0.85, "v_ratio": 0.85, "when": "start", "window": 2, "sinks": 0}
+        callback = KVChannelShrink(**settings, adapt=adapt)
+        module = fit(callback, max_epochs=10).eval()
+        assert not any("_hook.<locals>" in str(m._forward_pre_hooks) for m in module.modules())
+        assert ChannelShrunkCache(module.net, callback.factors).factors is callback.factors
+        with torch.no_grad(), decode_mode(module.net, callback.factors, 1):
+            losses[adapt] = float(module.training_step(DATA, 0))
+    assert losses[True] < losses[False] - 0.02
+    with pytest.raises(LossplugError, match="adapt needs factors before the first step, and when is 'end'"):
+        KVChannelShrink(adapt=True)
+    with pytest.raises(LossplugError, match="records no gradients"):
+        KVChannelShrink(when="training", allocation="sensitivity")

@@ -25,25 +25,34 @@ from lightning_lossplug.kv_cache.store import CodeStore
 
 
 @contextmanager
-def decode_mode(model: nn.Module, factors: KVFactors, prefill: int, window: int | None = None) -> Iterator[nn.Module]:
+def decode_mode(
+    model: nn.Module,
+    factors: KVFactors,
+    prefill: int,
+    window: int | None = None,
+    blocks: dict[int, AttentionBlock] | None = None,
+) -> Iterator[nn.Module]:
     """Makes forward passes behave as if all tokens from ``prefill`` on were decoded one at a time.
 
     A row before ``prefill`` sees exact keys and values. Row t >= ``prefill`` sees the last ``window`` tokens (itself
     among them) exactly and all older ones as their codes give them, which is what :class:`ChannelShrunkCache` does.
     Keys and values are given to the attention function twice, exact and rebuilt, and a mask picks one of the two, so
-    any eager or SDPA attention works unchanged; a pass costs about twice the attention.
+    any eager or SDPA attention works unchanged; a pass costs about twice the attention. Gradients reach the model, so
+    that it can be fine-tuned for its shrunk cache, and the factors, if they want any.
 
     Args:
         model: The model; hooks are put on it for the block and taken off after it.
         factors: Its factors.
         prefill: Tokens of the prompt, >= 1.
         window: Recent tokens kept exactly; None: as the factors' settings say.
+        blocks: The model's attention blocks, where its weights are known to fit the factors (they are being trained
+            under them, say); None to check that.
 
     Raises:
         LossplugError: The factors are of another model, ``prefill`` or ``window`` is below 1, or the attention
             implementation takes no mask of pairs.
     """
-    blocks = factors.check(model)
+    blocks = factors.check(model) if blocks is None else blocks
     window = factors.settings.window if window is None else window
     if prefill < 1 or window < 1:
         raise LossplugError(
@@ -94,10 +103,12 @@ def _hook(
 
 
 def _through(factors: Any, bits: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Encodes and rebuilds, through the bits of a cache."""
+    """Encodes and rebuilds, through the bits of a cache; a gradient passes straight through the rounding."""
     store = CodeStore(factors.rank, bits)
-    store.append(factors.to(x.device, torch.float32).code(x).to(dtype))
-    return factors.to(x.device, dtype).rebuild(store.read(dtype))
+    codes = factors.to(x.device, torch.float32).code(x).to(dtype)
+    store.append(codes.detach())
+    kept = store.read(dtype)
+    return factors.to(x.device, dtype).rebuild(codes + (kept - codes).detach() if codes.requires_grad else kept)
 
 
 def two_sided_mask(
