@@ -171,7 +171,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         if any(True for _ in self.extras().parameters()):
             self._prepare(trainer)
         for optimizer in trainer.optimizers[:1]:
-            self._handles.append(optimizer.register_step_post_hook(self._count))
+            self._handles.append(optimizer.register_step_post_hook(self._on_step))
         wrap_method(pl_module, "optimizer_step", self, self._optimizer_step)
 
     def _place(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> None:
@@ -256,7 +256,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         call = tap.last()
         return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (call.args, dict(call.kwargs)))
 
-    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
         self._stepped = True
 

@@ -48,8 +48,9 @@ class SplitGradients:
                 where=self.where,
                 remedy="Use one device or DDP",
             )
-        if any(type(c).__name__ == "SAM" for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise LossplugError(f"{name} and SAM both rule the step", where=self.where, remedy="Keep one of them")
+        names = [type(c).__name__ for c in trainer.callbacks]  # type: ignore[attr-defined]
+        for other in {"SAM", "GradientAdaptiveQAT"} & set(names):
+            raise LossplugError(f"{name} and {other} both rule the step", where=self.where, remedy="Keep one of them")
         if self.dot_delta is not None:
             if trainer.gradient_clip_val:
                 raise LossplugError(

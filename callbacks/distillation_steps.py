@@ -76,6 +76,13 @@ class StepwiseDistillation(DistillationCallback):
                 where=self.where,
                 remedy="Use one device or DDP",
             )
+        names = {type(c).__name__ for c in trainer.callbacks}  # type: ignore[attr-defined]
+        if self.normalize == "window" and trainer.accumulate_grad_batches > 1 and "GradientAdaptiveQAT" in names:
+            raise LossplugError(
+                "normalize='window' and GradientAdaptiveQAT both take passes of their own over accumulated batches",
+                where=self.where,
+                remedy="Use normalize='batch', or accumulate_grad_batches=1",
+            )
         self._window.start(trainer)
         if self._split is not None:
             self._split.start(trainer, pl_module)
