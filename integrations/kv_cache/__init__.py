@@ -6,6 +6,7 @@ from lightning_lossplug.integrations.kv_cache.double_sparsity import (
     DoubleSparsity,
     DoubleSparsityCache,
     double_sparsity,
+    double_sparsity_mode,
 )
 from lightning_lossplug.integrations.kv_cache.evaluation import decode_logits, decode_perplexity
 from lightning_lossplug.integrations.kv_cache.kivi import KIVICache
@@ -33,6 +34,7 @@ __all__ = [
     "decode_perplexity",
     "distill_kv",
     "double_sparsity",
+    "double_sparsity_mode",
     "key_value_case",
     "load_kv_factors",
     "passkey_case",

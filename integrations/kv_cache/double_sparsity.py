@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from lightning_lossplug.kv_cache.attention import (
     AttentionBlock,
     Tap,
     attention_blocks,
+    block_input,
     rotary_tables,
 )
 from lightning_lossplug.kv_cache.codes import check_bits
 from lightning_lossplug.kv_cache.fingerprint import check_fingerprint, fingerprint
 from lightning_lossplug.kv_cache.labels import (
     STATISTICS,
+    chosen,
     label_channels,
     label_scores,
     round_labels,
@@ -258,3 +261,50 @@ class DoubleSparsityCache(Cache):
             for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True))
         ]
         super().__init__(layers=layers)
+
+
+@contextmanager
+def double_sparsity_mode(model: nn.Module, table: DoubleSparsity, prefill: int) -> Iterator[nn.Module]:
+    """Makes forward passes behave as if all tokens from ``prefill`` on were decoded with the sparse cache.
+
+    Args:
+        model: A decoder with SDPA attention; texts without padding.
+        table: From :func:`double_sparsity`.
+        prefill: Tokens of the prompt, >= 1.
+    """
+    blocks = attention_blocks(model)
+    check_fingerprint(table.fingerprint, model, blocks)
+    handles = [
+        blocks[index].module.register_forward_pre_hook(_sparse(blocks[index], table, prefill), with_kwargs=True)
+        for index in table.channels
+    ]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sparse(block: AttentionBlock, table: DoubleSparsity, prefill: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = block_input(args, kwargs).shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=block_input(args, kwargs).device).tril()
+
+        def see(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            channels = table.channels[block.index].to(keys.device)
+            labels = round_labels(take_labels(keys, channels), table.label_bits)
+
+            def attend(query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+                groups = query.shape[2] // tokens
+                allowed = causal.repeat(groups, 1)
+                scores = label_scores(query, labels, channels, table.label_bits)
+                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+                keep = chosen(scores, table.tokens) & allowed
+                keep |= allowed & (torch.arange(tokens, device=keys.device) < prefill).repeat(groups)[:, None]
+                return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=keep, scale=scale)
+
+            return stand_ins(Pending(attend, lambda: (keys, values), rows=None), keys, values)
+
+        return args, {**kwargs, block.cache: Tap(see, None), "attention_mask": None}
+
+    return hook

@@ -111,7 +111,7 @@ def _attend(
     groups, left = divmod(query.shape[1], heads)
     if (
         dropout_p
-        or is_causal
+        or (is_causal and pending.rows is not None)
         or left
         or (groups > 1 and not enable_gqa)
         or query.shape[0] != batch

@@ -87,5 +87,12 @@ def sparse_attention(
     return (score.softmax(-1).to(query.dtype)[..., None, :] @ far)[..., 0, :]
 
 
+def chosen(scores: Tensor, count: int) -> Tensor:
+    """Returns which tokens are among the ``count`` largest scores of a row, bool like ``scores``."""
+    if count >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
+
+
 def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(query.dtype)

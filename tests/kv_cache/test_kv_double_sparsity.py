@@ -1,4 +1,4 @@
-"""Double Sparsity: dense at the limits, exact top-k with all channels, beams and padding."""
+"""Double Sparsity: dense at the limits, exact top-k with all channels, one pass equals decoding."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from lightning_lossplug.integrations.kv_cache import (
     DoubleSparsity,
     DoubleSparsityCache,
     double_sparsity,
+    double_sparsity_mode,
 )
 from lightning_lossplug.kv_cache.labels import label_channels, label_scores, round_labels, sparse_attention, take_labels
 
@@ -65,6 +66,23 @@ def test_enough_tokens_are_dense(family):
     table = double_sparsity(model, TEXT, channels=4, tokens=64)
     assert set(table.channels) == {2}
     same(generate(model, padded()), generate(model, padded(), DoubleSparsityCache(model, table)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("statistic", "bits"), [("q", 16), ("k", 4), ("qk", 16)])
+def test_one_pass_equals_decoding(statistic, bits):
+    model, ids = model_of("llama"), tokens(2, 30, seed=9)
+    table = double_sparsity(model, TEXT, 3, 6, statistic, bits, dense_layers=(1,))
+    assert set(table.channels) == {0, 2}
+    cache = DoubleSparsityCache(model, table)
+    logits = [model(input_ids=ids[:, :14], past_key_values=cache).logits]
+    logits += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(14, 30)]
+    with double_sparsity_mode(model, table, 14):
+        once = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(once, torch.cat(logits, dim=1), rtol=0, atol=1e-4)
+    dense = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(once[:, :14], dense[:, :14], rtol=0, atol=1e-4)
+    assert (once - dense)[:, 14:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}])
