@@ -14,9 +14,11 @@ from lightning_lossplug.registry import register_path
 if TYPE_CHECKING:
     from lightning_lossplug.callbacks.activation_sparsity import ActivationDensity
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
+    from lightning_lossplug.callbacks.compressed_gradients import CompressedGradients
     from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
+    from lightning_lossplug.callbacks.local_updates import LocalUpdates
     from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
     from lightning_lossplug.callbacks.nm_sparsity import NMSparsity
     from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
@@ -32,10 +34,12 @@ __all__ = [
     "QAT",
     "SAM",
     "ActivationDensity",
+    "CompressedGradients",
     "Distillation",
     "ExactResume",
     "GradientAdaptiveQAT",
     "KVChannelShrink",
+    "LocalUpdates",
     "MoEBalancing",
     "NMSparsity",
     "OnlineDistillation",
@@ -54,9 +58,11 @@ _HOME = {
     "QAT": "qat",
     "SAM": "sam",
     "ActivationDensity": "activation_sparsity",
+    "CompressedGradients": "compressed_gradients",
     "Distillation": "distillation",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
+    "LocalUpdates": "local_updates",
     "MoEBalancing": "moe_balancing",
     "GradientAdaptiveQAT": "qat_gradient",
     "NMSparsity": "nm_sparsity",
@@ -73,6 +79,8 @@ _HOME = {
 }
 
 for _name, _family in {
+    "CompressedGradients": "communication",
+    "LocalUpdates": "communication",
     "ExactResume": "resume",
     "KVChannelShrink": "kv_cache",
     "MoEBalancing": "loss",

@@ -15,6 +15,7 @@ __all__ = ["LossplugError", "__version__", "registry"]
 
 _ROOMS = {
     "callbacks",
+    "communication",
     "distillation",
     "export",
     "integrations",

@@ -34,6 +34,7 @@ BUILTIN_MODULES = (
     "lightning_lossplug.distillation",
     "lightning_lossplug.sparsity",
     "lightning_lossplug.quantization",
+    "lightning_lossplug.communication",
     "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
     "lightning_lossplug.integrations",
@@ -56,8 +57,9 @@ class Entry:
 
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
-            ``activation`` (thresholds), ``quantizer``, ``post_training``, ``teacher``, ``schedule``,
-            ``callback``, ``model``, ``data``, ``metric`` or ``exporter``.
+            ``activation`` (thresholds), ``quantizer``, ``post_training``, ``teacher``, ``compressor``,
+            ``error_feedback`` and ``local_update`` (of gradients), ``schedule``, ``callback``, ``model``, ``data``,
+            ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

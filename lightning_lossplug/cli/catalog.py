@@ -14,7 +14,8 @@ from lightning_lossplug.registry import Entry, registry
 CONFIG = "config"
 ORDER = (
     *("loss", "recipe", "mask", "score", "transform", "activation", "quantizer", "post_training", "teacher"),
-    *("schedule", "optimizer", "callback", "model", "data", "metric", "function", "exporter", CONFIG),
+    *("compressor", "error_feedback", "local_update", "schedule", "optimizer", "callback", "model", "data"),
+    *("metric", "function", "exporter", CONFIG),
 )
 
 
