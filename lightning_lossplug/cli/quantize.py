@@ -165,7 +165,7 @@ def quantize(options: Any, settings: dict[str, Any]) -> dict[str, Any]:
         found["perplexity"] = perplexity(model, test)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.dense:
-        folded = fold(model, inplace=True)
+        folded: Any = fold(model, inplace=True)
         folded.save_pretrained(options.output)
         tokenizer.save_pretrained(options.output)
     else:
