@@ -13,7 +13,7 @@ from lightning_lossplug.integrations.packed import load_packed, save_packed
 from lightning_lossplug.quantization import integer_model, quantize_post_training
 from lightning_lossplug.quantization.post.stream import stream
 from lightning_lossplug.quantization.post.tails import find_tails
-from lightning_lossplug.surgery import fold, latent
+from lightning_lossplug.surgery import PluggedLayer, fold, latent
 
 METHODS = {
     "rtn": {},
@@ -185,7 +185,8 @@ def refused(words, *arguments, model=None, **options):
     threads = threading.active_count()
     with pytest.raises(LossplugError, match=words):
         quantize_post_training(model, *arguments, **options)
-    assert {type(m).__module__.split(".")[0] for m in model.modules()} <= {"torch", "test_post_training"}
+    assert not any(isinstance(m, PluggedLayer) for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     after = model.state_dict()
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -201,7 +202,11 @@ def test_bad_input_is_one_line_and_leaves_the_model():
     refused("there are no calibration batches", [], "gptq")
     refused("there are no calibration batches", None, "rtn", 8, 8)
     refused("inputs is 'floats'", [digits()], "rtn", inputs="floats")
-    refused("does not divide", [digits()], "gptq", granularity="group", group_size=5)
+    refused("7: group_size 9 does not divide", [digits()], "gptq", granularity="group", group_size=9)
+    late = network()
+    with torch.no_grad():
+        late[7].bias[0] = float("inf")
+    refused("9: .* are NaN or infinite", [digits()], "rtn", lorc_rank=2, model=late, include=["7", "9"])
 
 
 def test_nan_names_the_layer():

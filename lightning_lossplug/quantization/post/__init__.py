@@ -18,7 +18,7 @@ from lightning_lossplug.quantization.post.lorc import LowRankError, lorc
 from lightning_lossplug.quantization.post.method import RTN, PostTrainingMethod
 from lightning_lossplug.quantization.post.migrate import Group, Migration, fold_scales, migrate_outliers
 from lightning_lossplug.quantization.post.q_vlm import entropy_proxy, q_vlm_blocks, q_vlm_range
-from lightning_lossplug.quantization.post.run import LayerReport, PostTraining, quantize_post_training
+from lightning_lossplug.quantization.post.run import PostTraining, quantize_post_training
 from lightning_lossplug.quantization.post.smoothing import (
     AWQ,
     OSPlus,
@@ -30,6 +30,7 @@ from lightning_lossplug.quantization.post.smoothing import (
     smoothquant,
 )
 from lightning_lossplug.quantization.post.udfc import udfc_coefficients, udfc_prune, udfc_rescale
+from lightning_lossplug.quantization.post.walk import LayerReport
 
 __all__ = [
     "AWQ",

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.quantization.grid import check_bits, check_range
-from lightning_lossplug.quantization.post.run import call, quantize_post_training
+from lightning_lossplug.quantization.post.run import quantize_post_training
+from lightning_lossplug.quantization.post.walk import call
 from lightning_lossplug.surgery.plug import latent, plugged_layers, unplug, unplug_input
 
 

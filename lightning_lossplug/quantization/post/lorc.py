@@ -72,9 +72,9 @@ def _add(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + layer.get_submodule(LowRankError.NAME)(args[0])
 
 
-def compensate(problem: LayerProblem, value: Tensor, rank: int, factor_bits: int = 16) -> None:
-    """Gives a layer the factors of its error, in the submodule ``low_rank_error``."""
+def compensate(problem: LayerProblem, value: Tensor, rank: int, factor_bits: int = 16) -> Any:
+    """Gives a layer the factors of its error, in the submodule ``low_rank_error``; returns the handle of its hook."""
     a, b = lorc(problem.matrix(problem.weight), problem.matrix(value), min(rank, *problem.weight.shape), factor_bits)
     layer = problem.layer
     layer.add_module(LowRankError.NAME, LowRankError(a, b).to(problem.weight.device))
-    layer.register_forward_hook(_add)
+    return layer.register_forward_hook(_add)
