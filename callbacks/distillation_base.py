@@ -257,13 +257,13 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (call.args, dict(call.kwargs)))
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.step += 1
         self._stepped = True
 
     def _optimizer_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        self._stepped = False  # torch takes a step of its own where it loads a sharded state
         result = inner(*args, **kwargs)
         if self._stepped:  # a GradScaler may have skipped it
-            self._stepped = False
+            self.step += 1
             self.after_step()
         return result
 

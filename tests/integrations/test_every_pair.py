@@ -47,7 +47,8 @@ CALLBACKS = {
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
-ELSEWHERE = {"MoEBalancing"}  # needs a model with routers: tests/callbacks/test_moe_balancing.py
+# These need routers (tests/callbacks/test_moe_balancing.py), or several processes (tests/distributed).
+ELSEWHERE = {"MoEBalancing", "CompressedGradients", "LocalUpdates"}
 REFUSED = {
     frozenset({"QAT", "GradientAdaptiveQAT"}): "two techniques want the quantization stage",
     frozenset({"SAM", "GradientAdaptiveQAT"}): "another callback makes a second pass",
