@@ -91,6 +91,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         self._input_tap: Tap | None = None
         self._taps: list[Tap] = []
         self._handles: list[RemovableHandle] = []
+        self._stepped = False
         self._shifts = False
 
     # --- what a subclass says ---
@@ -160,7 +161,8 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         if any(True for _ in self.extras().parameters()):
             self._prepare(trainer)
         for optimizer in trainer.optimizers[:1]:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_step_post_hook(self._count))
+        wrap_method(pl_module, "optimizer_step", self, self._optimizer_step)
 
     def _place(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> None:
         network.to(pl_module.device)
@@ -238,12 +240,19 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         call = tap.last()
         return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (call.args, dict(call.kwargs)))
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _count(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
-        self.after_step()
+        self._stepped = True
+
+    def _optimizer_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        if self._stepped:  # a GradScaler may have skipped it
+            self._stepped = False
+            self.after_step()
+        return result
 
     def after_step(self) -> None:
-        """Runs after each step the module's optimizer took."""
+        """Runs after each step the module's optimizer took, and after every other technique's work on the weights."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -262,7 +271,8 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         self._student_tap, self._input_tap, self._taps = None, None, []
 
     def _detach(self, pl_module: LightningModule) -> None:
-        unwrap_method(pl_module, "training_step", self)
+        for method in ("training_step", "configure_gradient_clipping", "optimizer_step"):
+            unwrap_method(pl_module, method, self)
         self._detach_taps()
         for handle in self._handles:
             handle.remove()

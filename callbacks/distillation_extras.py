@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_lossplug.distillation.networks import several_processes, share
 from lightning_lossplug.distillation.optimizer import AuxiliaryOptimizer
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.surgery.chain import wrap_method
 
 
 class ExtrasCallback(Callback):
@@ -64,6 +67,8 @@ class ExtrasCallback(Callback):
         if not trained:
             return
         self.aux = AuxiliaryOptimizer(trained, trainer.optimizers[0], self.optimizer, self.lr_scale, self.scheduler)
+        # Behind every callback's on_before_optimizer_step: a second pass there meets the networks of the first.
+        wrap_method(trainer.lightning_module, "configure_gradient_clipping", self, self._stepping(trainer))
         if saved is not None:
             self.aux.load_state_dict(saved)
             if saved.get("gradients"):
@@ -95,10 +100,36 @@ class ExtrasCallback(Callback):
         return True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Steps the extras: averaged over processes, unscaled and clipped as the module's own gradients are."""
+        """The window is complete."""
         self._open = False
-        if self.aux is None or not self.aux_steps():
-            return
+
+    @contextmanager
+    def second_pass(self) -> Iterator[None]:
+        """Within the context a step is computed again: what it does to the extras is undone."""
+        extras = self.extras()
+        grads = [(p, p.grad) for p in extras.parameters()]
+        buffers = [(b, b.clone()) for b in extras.buffers()]
+        for p, _ in grads:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, grad in grads:
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, old in buffers:
+                    buffer.copy_(old)
+
+    def _stepping(self, trainer: Trainer) -> Any:
+        def configure_gradient_clipping(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+            inner(*args, **kwargs)
+            if self.aux_steps():
+                self._step_extras(trainer)
+
+        return configure_gradient_clipping
+
+    def _step_extras(self, trainer: Trainer) -> None:
+        """Steps the extras: averaged over processes, unscaled and clipped as the module's own gradients are."""
         limit, how = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
 
         def clip(parameters: list[nn.Parameter]) -> None:
@@ -108,6 +139,7 @@ class ExtrasCallback(Callback):
                 nn.utils.clip_grad_norm_(parameters, float(limit))  # type: ignore[arg-type]
 
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        assert self.aux is not None
         self.aux.step(scaler, clip if limit else None)
 
     def state_dict(self) -> dict[str, Any]:

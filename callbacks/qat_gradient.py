@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lossplug.callbacks.exact_resume import random_state, set_random_state
 from lightning_lossplug.callbacks.qat import ScaleCallback
-from lightning_lossplug.callbacks.sam import SAM, frozen_statistics
+from lightning_lossplug.callbacks.sam import SAM, beside, frozen_statistics
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.base import paused
 from lightning_lossplug.quantization.gaqat import GradientAdaptiveSettings, GradientAdaptiveTechnique
@@ -240,7 +240,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         after = random_state(pl_module.device)
         self._second = True
         try:
-            with frozen_statistics(pl_module), paused(pl_module):
+            with frozen_statistics(pl_module), paused(pl_module), beside(trainer):
                 yield
         finally:
             self._second = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
@@ -97,11 +98,15 @@ class SAM(Callback):
                 return inner(epoch, batch_idx, optimizer, optimizer_closure)
             self._refuse_accumulation(trainer)  # a GradientAccumulationScheduler may have changed it
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            return inner(epoch, batch_idx, optimizer, lambda: self._two_passes(pl_module, params, optimizer_closure))
+            return inner(
+                epoch, batch_idx, optimizer, lambda: self._two_passes(trainer, pl_module, params, optimizer_closure)
+            )
 
         return optimizer_step
 
-    def _two_passes(self, pl_module: LightningModule, params: list[nn.Parameter], closure: Any) -> Any:
+    def _two_passes(
+        self, trainer: Trainer, pl_module: LightningModule, params: list[nn.Parameter], closure: Any
+    ) -> Any:
         loss = closure()
         params = [p for p in params if p.grad is not None]
         if loss is None or not params:
@@ -118,7 +123,7 @@ class SAM(Callback):
                 p.add_(step)
         del steps
         try:
-            with self._second_pass(pl_module):
+            with self._second_pass(pl_module), beside(trainer):
                 closure()
         finally:
             with torch.no_grad():
@@ -148,6 +153,16 @@ class SAM(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same after an exception, when ``teardown`` is not called."""
         self._clean_up(pl_module)
+
+
+@contextmanager
+def beside(trainer: Trainer) -> Iterator[None]:
+    """Within the context of a second pass the networks of other callbacks (teachers that learn) see nothing of it."""
+    with ExitStack() as stack:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ExtrasCallback):
+                stack.enter_context(callback.second_pass())
+        yield
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""Every two callbacks in one run: the same bits in either order of the list, or one line that refuses them."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from callback_runs import Plain, assert_equal, data, make_trainer, state_of
+from tiny_models import LLAMA, Wrapped
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lightning_lossplug import LossplugError
+from lightning_lossplug.callbacks import (
+    QAT,
+    SAM,
+    ActivationDensity,
+    Distillation,
+    ExactResume,
+    GradientAdaptiveQAT,
+    KVChannelShrink,
+    NMSparsity,
+    OnlineDistillation,
+    SelfDistillation,
+    SparsityHealth,
+    SwapLoss,
+)
+from lightning_lossplug.registry import registry
+
+
+def teacher():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+
+
+CALLBACKS = {
+    "SwapLoss": lambda: SwapLoss("focal"),
+    "NMSparsity": lambda: NMSparsity(2, 4, "mdgf_linear"),
+    "SparsityHealth": lambda: SparsityHealth(plot=False),
+    "ActivationDensity": lambda: ActivationDensity(),
+    "QAT": lambda: QAT(4, 8),
+    "GradientAdaptiveQAT": lambda: GradientAdaptiveQAT(4, 8),
+    "OnlineDistillation": lambda: OnlineDistillation(teacher(), "bdkd"),
+    "Distillation": lambda: Distillation(teacher()),
+    "SelfDistillation": lambda: SelfDistillation(),
+    "SAM": lambda: SAM(),
+    "ExactResume": lambda: ExactResume(),
+}
+LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
+ELSEWHERE = {"MoEBalancing"}  # needs a model with routers: tests/callbacks/test_moe_balancing.py
+REFUSED = {
+    frozenset({"QAT", "GradientAdaptiveQAT"}): "two techniques want the quantization stage",
+    frozenset({"SAM", "GradientAdaptiveQAT"}): "another callback makes a second pass",
+}
+
+
+def fit(module, loader, names):
+    """Returns the module's state, or what refused the callbacks."""
+    torch.manual_seed(0)
+    table = CALLBACKS | LANGUAGE
+    try:
+        make_trainer(max_steps=4, max_epochs=-1, callbacks=[table[name]() for name in names]).fit(module, loader)
+    except LossplugError as error:
+        return str(error)
+    return state_of(module)
+
+
+def both_orders(build, names):
+    found = []
+    for order in (names, names[::-1]):
+        torch.manual_seed(0)
+        found.append(fit(*build(), order))
+    return found
+
+
+def refusal(names):
+    if "SparsityHealth" in names and "NMSparsity" not in names:
+        return "NMSparsity"
+    return REFUSED.get(frozenset(names))
+
+
+def test_the_table_is_complete():
+    ours = {entry.name for entry in registry if entry.kind == "callback"}
+    assert ours == set(CALLBACKS) | set(LANGUAGE) | ELSEWHERE
+
+
+@pytest.mark.parametrize("first", CALLBACKS)
+def test_pairs_on_a_classifier(first):
+    rest = [name for one, name in combinations(CALLBACKS, 2) if one == first]
+    for second in rest:
+        one, two = both_orders(lambda: (Plain(dropout=0.1), data()), [first, second])
+        if (message := refusal([first, second])) is not None:
+            assert isinstance(one, str), (first, second)
+            assert isinstance(two, str), (second, first)
+            assert message in one, one
+            assert message in two, two
+            assert len(one.splitlines()) == 1
+        else:
+            assert not isinstance(one, str), (first, second, one)
+            assert not isinstance(two, str), (second, first, two)
+            assert_equal(one, two)
+
+
+def test_a_shrunk_cache_beside_every_other():
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 64, (2, 16)) for _ in range(4)]
+
+    def build():
+        return Wrapped(AutoModelForCausalLM.from_config(LLAMA)), DataLoader(batches, batch_size=None)
+
+    for name in set(CALLBACKS) - {"OnlineDistillation", "Distillation", "SparsityHealth"}:
+        one, two = both_orders(build, ["KVChannelShrink", name])
+        assert not isinstance(one, str), (name, one)
+        assert not isinstance(two, str), (name, two)
+        assert_equal(one, two)
