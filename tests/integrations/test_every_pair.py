@@ -47,7 +47,9 @@ CALLBACKS = {
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
-ELSEWHERE = {"MoEBalancing"}  # needs a model with routers: tests/callbacks/test_moe_balancing.py
+# MoEBalancing needs a model with routers (tests/callbacks/test_moe_balancing.py), the other two need two processes
+# (tests/distributed/test_compressed_gradients.py).
+ELSEWHERE = {"MoEBalancing", "CompressedGradients", "LocalUpdates"}
 REFUSED = {
     frozenset({"QAT", "GradientAdaptiveQAT"}): "two techniques want the quantization stage",
     frozenset({"SAM", "GradientAdaptiveQAT"}): "another callback makes a second pass",
