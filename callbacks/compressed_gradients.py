@@ -45,7 +45,7 @@ class CompressedGradients(ExchangeCallback):
     Raises:
         LossplugError: Unknown names, values out of range, options that the rule or compressor doesn't have; at the
             start of a fit: FSDP, DeepSpeed or another strategy that isn't DDP, another communication hook, float16,
-            manual optimization, or SAM in the same run.
+            manual optimization, or SAM or GradientAdaptiveQAT in the same run.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
 from lightning_lossplug.callbacks.sam import SAM
 from lightning_lossplug.communication import Compressor, ErrorFeedback, GradientExchange
 from lightning_lossplug.errors import LossplugError
@@ -77,8 +78,10 @@ class ExchangeCallback(Callback):
             )
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in others:
-            if other is not self and isinstance(other, (SAM, ExchangeCallback)):
-                why = "exchanges gradients twice per step" if isinstance(other, SAM) else "is there already"
+            if other is not self and isinstance(other, (SAM, GradientAdaptiveQAT, ExchangeCallback)):
+                why = (
+                    "is there already" if isinstance(other, ExchangeCallback) else "exchanges gradients twice per step"
+                )
                 raise LossplugError(f"{type(other).__name__} {why}", where=self.where, remedy="Keep one of the two")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

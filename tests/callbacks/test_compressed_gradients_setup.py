@@ -8,7 +8,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lightning_lossplug.callbacks import SAM, CompressedGradients, LocalUpdates
+from lightning_lossplug.callbacks import SAM, CompressedGradients, GradientAdaptiveQAT, LocalUpdates
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import registry
 
@@ -80,6 +80,7 @@ def test_manual_optimization():
 
 def test_what_exchanges_twice():
     refused("SAM exchanges gradients twice", callbacks=[SAM()], strategy="ddp")
+    refused("GradientAdaptiveQAT exchanges gradients twice", callbacks=[GradientAdaptiveQAT(4, 8)], strategy="ddp")
     refused("is there already", callbacks=[CompressedGradients("ef14")], strategy="ddp")
 
 

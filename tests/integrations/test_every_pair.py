@@ -47,12 +47,18 @@ CALLBACKS = {
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
-# These need routers (tests/callbacks/test_moe_balancing.py), or several processes (tests/distributed).
+# MoEBalancing needs a model with routers (tests/callbacks/test_moe_balancing.py), the other two need two processes
+# (tests/distributed/test_compressed_gradients.py).
 ELSEWHERE = {"MoEBalancing", "CompressedGradients", "LocalUpdates"}
 REFUSED = {
     frozenset({"QAT", "GradientAdaptiveQAT"}): "two techniques want the quantization stage",
     frozenset({"SAM", "GradientAdaptiveQAT"}): "another callback makes a second pass",
 }
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # SparsityHealth writes its file
 
 
 def fit(module, loader, names):
