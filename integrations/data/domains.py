@@ -13,7 +13,7 @@ from lightning_lossplug.errors import LossplugError, suggestion
 from lightning_lossplug.integrations.data.images import ImageArrays
 from lightning_lossplug.integrations.data.loader import ResumableLoader
 from lightning_lossplug.integrations.data.mnist import FashionMNISTData
-from lightning_lossplug.integrations.data.module import as_is
+from lightning_lossplug.integrations.data.module import as_is, stratified_split
 from lightning_lossplug.integrations.data.order import epoch_order, mix, random_uniform
 
 Domain = Literal["rotation", "background", "blur", "inversion"]
@@ -145,8 +145,9 @@ class DomainShiftData(FashionMNISTData):
         self.test_set = self._dataset(to_domain(test.images, self.held_out, everything, self.seed), test.labels)
 
     def _part(self, whole: ImageArrays, domain: str) -> ImageArrays:
-        # The images were drawn with their classes interleaved, so every fourth one keeps the classes balanced.
-        index = torch.arange(DOMAINS.index(domain), len(whole), len(DOMAINS))
+        # Drawn class by class: a fixed stride would give a domain half of the classes, which come in turns.
+        shares = [len(whole) // len(DOMAINS)] * len(DOMAINS)
+        index = stratified_split(whole.labels, shares, self.seed)[DOMAINS.index(domain)]
         return self._dataset(to_domain(whole.images[index], domain, index, self.seed), whole.labels[index])
 
     def train_dataloader(self) -> ResumableLoader:
