@@ -73,6 +73,7 @@ def export_checkpoint(options: Any) -> dict[str, Any]:
     from lightning_lossplug.callbacks.checkpoint import read_checkpoint, replug
     from lightning_lossplug.integrations.artifact import export_artifact
     from lightning_lossplug.integrations.network import rebuild_module
+    from lightning_lossplug.quantization.technique import QATTechnique
 
     path = str(options.checkpoint)
     checkpoint = read_checkpoint(path)
@@ -93,7 +94,7 @@ def export_checkpoint(options: Any) -> dict[str, Any]:
             network=options.network,
             tokenizer=_tokenizer(options.tokenizer, checkpoint),
         )
-    return export_artifact(
+    manifest = export_artifact(
         module.eval(),
         options.output,
         techniques=techniques,
@@ -105,6 +106,8 @@ def export_checkpoint(options: Any) -> dict[str, Any]:
         masks=options.masks,
         onnx=options.onnx,
     )
+    quantised = sum(len(technique.layers) for technique in techniques if isinstance(technique, QATTechnique))
+    return {**manifest, "quantised_layers": quantised}
 
 
 def _data_config(checkpoint: dict[str, Any], path: str) -> dict[str, Any] | None:
@@ -146,6 +149,8 @@ def _print(manifest: dict[str, Any]) -> None:
         ("N:M layers", _patterns(manifest["layers"])),
         ("fit 2:4 kernels", _kernels(manifest)),
     ]
+    if count := manifest["quantised_layers"]:
+        rows.append(("quantised layers", f"{count}, in floating point here; in few bits: --format packed"))
     if "masks" in manifest:
         rows.append(("masks", manifest["masks"]))
     if "onnx" in manifest:

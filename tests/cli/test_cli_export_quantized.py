@@ -41,6 +41,12 @@ def test_packed(quantised, tmp_path):
     assert (got - want).abs().max() <= 0.02 * (want.max() - want.min())
 
 
+def test_dense_weights_say_that_they_are_not_packed(quantised, tmp_path):
+    done = command("export", quantised, "--output", tmp_path / "a")
+    assert done.code == 0, done
+    assert "10, in floating point here" in done.out
+
+
 def test_onnx(quantised, tmp_path):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"needs the package {package} (extra: onnx)")
