@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.movable import MovableLayer
 from lightning_lossplug.integrations.kv_cache.states import Pending, ShrunkStates
 from lightning_lossplug.kv_cache.attention import (
     AttentionBlock,
@@ -161,7 +162,7 @@ def stand_ins(pending: Pending, keys: Tensor, values: Tensor) -> tuple[Tensor, T
     return ShrunkStates(pending, 0, tuple(keys.shape), keys), ShrunkStates(pending, 1, tuple(values.shape), values)
 
 
-class LabelledLayer(DynamicLayer):
+class LabelledLayer(MovableLayer):
     """A full cache layer with the label channels of its keys beside it.
 
     Args:
@@ -196,39 +197,15 @@ class LabelledLayer(DynamicLayer):
         return sparse_attention(query, keys, values, scores, self.count, scale, mask)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        super()._apply(function)
         if self.labels is not None:
             self.labels = function(self.labels)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        super().batch_repeat_interleave(repeats)
-        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        super().batch_select_indices(indices)
-        self._apply(lambda t: t[indices])
-
-    def offload(self) -> None:
-        """Moves everything to the CPU."""
-        super().offload()
-        self._apply(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Moves it back."""
-        super().prefetch()
-        self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens."""
         super().crop(tokens_to_remove)
-        if tokens_to_remove:
-            self._apply(lambda t: t[:, :, : -abs(tokens_to_remove)])
+        if tokens_to_remove and self.labels is not None:
+            self.labels = self.labels[:, :, : -abs(tokens_to_remove)]
 
     def reset(self) -> None:
         """Forgets all tokens."""

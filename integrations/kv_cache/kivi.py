@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.movable import MovableLayer
 from lightning_lossplug.kv_cache.kivi import GROUP, check_residual, dequantize_groups, quantize_groups
 from lightning_lossplug.kv_cache.pages import Pages
 from lightning_lossplug.kv_cache.store import nbytes
 
 
-class KIVILayer(DynamicLayer):
+class KIVILayer(MovableLayer):
     """Rounded old tokens and exact recent ones; whatever is rounded is rounded once.
 
     Args:
@@ -27,7 +28,6 @@ class KIVILayer(DynamicLayer):
     is_croppable = False
     is_compileable = False
     supports_early_init = False
-    is_initialized: bool
 
     def __init__(self, bits: int, residual: int) -> None:
         super().__init__()
@@ -86,30 +86,10 @@ class KIVILayer(DynamicLayer):
         return self.seen
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        super()._apply(function)
         if self.is_initialized:
-            self.keys, self.values = function(self.keys), function(self.values)
             for form in (*self.key_forms, *self.value_forms):
                 form.apply(function)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the rows for beam search."""
-        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        self._apply(lambda t: t[indices])
-
-    def offload(self) -> None:
-        """Moves everything to the CPU."""
-        self._apply(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Moves it back."""
-        self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back nothing.

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.movable import MovableLayer
 from lightning_lossplug.integrations.kv_cache.states import Pending, ShrunkStates
 from lightning_lossplug.kv_cache.attention import join_heads, split_heads
 from lightning_lossplug.kv_cache.factors import Factors
@@ -22,7 +22,7 @@ from lightning_lossplug.kv_cache.rotary import Rotary
 from lightning_lossplug.kv_cache.store import CodeStore, nbytes
 
 
-class ChannelShrunkLayer(DynamicLayer):
+class ChannelShrunkLayer(MovableLayer):
     """Keys are coded before rotation and rotated again when they are rebuilt; recent tokens stay as they came.
 
     Args:
@@ -207,32 +207,12 @@ class ChannelShrunkLayer(DynamicLayer):
         return self.sink_columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        super()._apply(function)
         if self.is_initialized:
-            self.keys, self.values = function(self.keys), function(self.values)
             self.key_codes.apply(function)
             self.value_codes.apply(function)
             if self.sink_keys is not None and self.sink_values is not None:
                 self.sink_keys, self.sink_values = function(self.sink_keys), function(self.sink_values)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the rows for beam search."""
-        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
-        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        self._apply(lambda t: t[indices])
-
-    def offload(self) -> None:
-        """Moves codes and exact tokens to the CPU."""
-        self._apply(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Moves them back."""
-        self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, as long as they are exact.
