@@ -25,7 +25,8 @@ def test_factors_beside_the_model(cli, language_model, text):
 
 def test_json_bits_and_perplexity(cli, language_model, text, tmp_path):
     code, out, err = cli(
-        "shrink-kv", language_model, "--text", text, "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
+        "shrink-kv", language_model, "--text", text,
+        "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
         "--block-size", 32, "--evaluate", 2, "--json", "--plot", tmp_path / "a.png",
     )  # fmt: skip
     assert (code, err) == (0, "")
