@@ -88,6 +88,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         self.weight, self.ce_weight = schedule_of(weight), schedule_of(ce_weight)
         self.temperature = None if temperature is None else schedule_of(temperature)
         self.agreement = agreement
+        self.observers = {"train": [], "val": []}
         self.logs: dict[str, Tensor] = {}
         self._student_tap: Tap | None = None
         self._input_tap: Tap | None = None

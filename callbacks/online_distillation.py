@@ -153,6 +153,7 @@ class OnlineDistillation(DistillationCallback):
                 check_teacher_logits(z.detach(), f"the teacher {type(teacher).__name__}", frozen=False)
             self._first = False
         found = self.signals(call, logits, batch, self._classes_last)
+        self.tell("train", found)
         index = found.target if self.loss.needs_target or found.tokens else None
         terms = self.loss(found.student, found.teachers, index, mask=found.mask)
         weight = self.value(self.weight, trainer)

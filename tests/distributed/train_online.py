@@ -91,6 +91,8 @@ if __name__ == "__main__":
     found["switokd"] = fit(Net(norm=True), OnlineDistillation(network(16, 5, norm=True), "switokd"))
     features = Distillation(network(12, 7, norm=True), feature_loss="fitnet", layers={"2": "2"})
     found["fitnet"] = fit(Net(norm=True), features)
+    mixed = Distillation(network(12, 7), feature_loss="fitnet", layers={"0": ["0", "2"], "3": ["2", "3"]})
+    found["learned layers"] = fit(Net(), mixed)
     found["ema"] = fit(Net(norm=True), SelfDistillation(0.9))
     found["dot"] = fit(Net(), Distillation(network(12, 7), dot_delta=0.05))
     window = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
