@@ -13,7 +13,7 @@ from lightning_lossplug.callbacks.distillation_base import (
     Pick,
     Scheduled,
     named_teacher,
-    schedule_of,
+    weight_of,
 )
 from lightning_lossplug.callbacks.distillation_reading import classifier_path, facts, tensor_of
 from lightning_lossplug.callbacks.distillation_steps import Normalize, StepwiseDistillation
@@ -35,7 +35,7 @@ from lightning_lossplug.distillation.layer_pairs import Layers, Pairing
 from lightning_lossplug.distillation.networks import fingerprint, freeze, to_eval
 from lightning_lossplug.distillation.on_policy import OnPolicy
 from lightning_lossplug.distillation.sample_ids import content_ids, main_input
-from lightning_lossplug.distillation.signals import align, check_teacher_logits, logits_of, targets_of
+from lightning_lossplug.distillation.signals import align, check_not_nan, check_teacher_logits, logits_of, targets_of
 from lightning_lossplug.distillation.taps import INPUT, Call, Tap, all_armed
 from lightning_lossplug.distillation.two_gradients import AlignScope
 from lightning_lossplug.errors import LossplugError
@@ -146,7 +146,8 @@ class Distillation(StepwiseDistillation):
         self.pairing = Pairing(layers, self.where)
         if self.pairing.learned and feature_loss is not None and not isinstance(feature_loss, LearnedLayers):
             feature_loss = LearnedLayers(feature_loss)
-        self.feature_loss, self.feature_weight = feature_loss, schedule_of(feature_weight)
+        self.feature_loss = feature_loss
+        self.feature_weight = weight_of(feature_weight, self.where, "feature_weight")
         if self.loss is None and feature_loss is None:
             raise LossplugError("neither loss nor feature_loss is given", where=self.where)
         if (feature_loss is not None) != bool(layers):
@@ -297,8 +298,10 @@ class Distillation(StepwiseDistillation):
         if self.feature_loss is not None:
             ours = [tensor_of(tap) for tap in self._student_features]
             theirs = [tensor_of(tap) for tap in self._teacher_features]
-            for tap in self._teacher_features:
+            for tap, feature in zip(self._teacher_features, theirs, strict=True):
                 tap.forget()
+                if self._first:
+                    check_not_nan(feature, f"the features {tap.path!r} of the teacher {type(self.teacher).__name__}")
             self._build("features", lambda: self._build_features(ours, theirs))
             weight = self.value(self.feature_weight, trainer)
             options = {}
@@ -324,12 +327,15 @@ class Distillation(StepwiseDistillation):
         assert self._head_tap is not None
         hidden, target = tensor_of(self._head_tap), targets_of(batch, call.kwargs, self.targets)
         attention = call.kwargs.get("attention_mask")
+        if self._first:
+            check_not_nan(answer.last_hidden_state, f"the hidden states of the teacher {type(self.teacher).__name__}")
+            check_not_nan(self._heads[1].layer.weight, f"the output embeddings of {type(self.teacher).__name__}")
         found = align(hidden, [answer.last_hidden_state], target, attention, self._shifts, True)
         mask = found.mask
         if found.target is not None and found.target.shape == found.student.shape[:-1]:
             valid = found.target != -100
             mask = valid if mask is None else mask & valid
-        self._count(found.student, mask, None)
+        self.count(found.student, mask, None)
         return fused_loss(self.loss, found.student, found.teachers[0], *self._heads, mask)
 
     def _stored_loss(self, call: Call, answer: StoredTop, batch: Any) -> Tensor:
@@ -348,7 +354,7 @@ class Distillation(StepwiseDistillation):
         target = found.target if found.tokens else None
         if target is not None and target.shape != found.student.shape[:-1]:
             target = None
-        self._count(found.student, found.mask, target)
+        self.count(found.student, found.mask, target)
         ids, log_probs, rest = found.teachers
         return self.loss(found.student, ids, log_probs, target, rest=rest, mask=found.mask)
 
@@ -378,18 +384,8 @@ class Distillation(StepwiseDistillation):
         mask = found.mask
         if self.any_vocabulary and index is not None:
             mask = index != -100 if mask is None else mask & (index != -100)
-        self._count(z_s, mask, index)
+        self.count(z_s, mask, index)
         return self.loss(z_s, z_t, index, mask=mask)
-
-    def _count(self, logits: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
-        """Keeps how many rows the loss is a mean of."""
-        if self.normalize == "batch":
-            return
-        shape = logits.shape[:-1]
-        keep = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
-        if target is not None and target.shape == shape and not target.is_floating_point():
-            keep = keep & (target != getattr(self.loss, "ignore_index", -100))
-        self._rows = keep.sum()
 
     # --- what the losses train, made when the shapes are known ---
 

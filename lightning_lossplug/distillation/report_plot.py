@@ -83,7 +83,7 @@ def _reliability(axes: Any, details: Details) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("accuracy")
     _dress(axes, "reliability", "confidence")
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def _confidence(axes: Any, details: Details) -> None:
@@ -98,7 +98,7 @@ def _confidence(axes: Any, details: Details) -> None:
         axes.text((b + 0.5) / bins, height, f"{table['count'][b]:.0f}", ha="center", va="bottom", fontsize=6)
     axes.set_ylim(0, 1.05)
     _dress(axes, "accuracy by the teacher's confidence (number: samples)", "the teacher's confidence")
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9, loc="lower right")
 
 
 def _classes(axes: Any, details: Details) -> None:
@@ -109,4 +109,4 @@ def _classes(axes: Any, details: Details) -> None:
     gaps = [details.classes["teacher"][c] - details.classes["student"][c] for c in worst]
     axes.bar(range(len(worst)), gaps, color=GREY)
     axes.set_xticks(range(len(worst)), [str(c) for c in worst], fontsize=7)
-    _dress(axes, "the teacher's accuracy minus the student's, most samples lost first", "class")
+    _dress(axes, "accuracy behind the teacher (most samples lost first)", "class")

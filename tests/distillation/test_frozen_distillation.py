@@ -257,6 +257,17 @@ def constant():
         (lambda: Distillation(teacher(), "dkd", fused=True), "DKD has no fused form"),
         (lambda: Distillation(teacher(), "kd", fused=True), "has no output embedding"),
         (lambda: SelfDistillation(decay=1.5), "decay is 1.5"),
+        (lambda: Distillation(teacher(), weight=-1.0), r"weight is -1.0, allowed is \[0, inf"),
+        (lambda: Distillation(teacher(), ce_weight={0.0: 1.0, 0.5: -0.1}), "ce_weight is -0.1"),
+        (
+            lambda: Distillation(teacher(), feature_loss="rkd", layers={"3": "3"}, feature_weight=-2),
+            "feature_weight is -2",
+        ),
+        (
+            lambda: Distillation(broken(), None, feature_loss="rkd", layers={"4": "4"}),
+            "the features '4' of the teacher Sequential hold NaN",
+        ),
+        (lambda: Distillation(teacher(), "kd", temperature={0.0: 2.0, 0.5: 0.0}), "temperature is 0.0"),
     ],
 )
 def test_mistakes_are_one_line(make, message):

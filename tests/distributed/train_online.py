@@ -99,4 +99,9 @@ if __name__ == "__main__":
     found["window"] = fit(Tokens(), window, sequences, accumulate_grad_batches=2)
     ranks = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
     found["ranks"] = fit(Tokens(), ranks, sequences)
+    off = {"ce_weight": 0.0, "teacher_ce_weight": 0.0}
+    online = OnlineDistillation(network(12, 7), normalize="window", **off)
+    found["online window"] = fit(Tokens(), online, sequences, accumulate_grad_batches=2)
+    online = OnlineDistillation(network(12, 7), normalize="window", **off)
+    found["online ranks"] = fit(Tokens(), online, sequences)
     torch.save(found, Path(sys.argv[1]) / f"rank{plain.global_rank}.pt")
