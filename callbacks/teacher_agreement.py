@@ -67,6 +67,7 @@ class AgreementLog(Callback):
     where: str
     agreement: bool
     observers: dict[str, list[Callable[[Signals], None]]]
+    _again: bool
     _reading = False
     _meter: AgreementMeter | None = None
     _student_tap: Tap | None
@@ -107,9 +108,10 @@ class AgreementLog(Callback):
         return found
 
     def tell(self, stage: str, found: Signals) -> None:
-        """Hands the logits of a batch to those who asked for them."""
-        for observe in self.observers[stage]:
-            observe(found)
+        """Hands the logits of a batch to those who asked for them; those of a second pass are no news."""
+        if not self._again:
+            for observe in self.observers[stage]:
+                observe(found)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, where asked."""

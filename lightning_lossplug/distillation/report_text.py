@@ -6,14 +6,11 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-
-if TYPE_CHECKING:
-    from lightning_lossplug.metrics.capacity_gap import CapacityGap
 
 TABLE = "distillation_report.csv"
 NUMBERS = (
@@ -51,8 +48,8 @@ class Details(NamedTuple):
     classes: dict[str, list[float]] | None
 
     @classmethod
-    def of(cls, metric: CapacityGap) -> Details:
-        """Returns what a metric has counted."""
+    def of(cls, metric: Any) -> Details:
+        """Returns what a ``CapacityGap`` has counted."""
         return cls(
             _lists(metric.curve("student")),
             _lists(metric.curve("teacher")),

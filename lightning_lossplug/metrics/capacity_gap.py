@@ -9,8 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.checks import check_number
-from lightning_lossplug.metrics.reliability import bin_sums, calibration_error, confidence_bins
+from lightning_lossplug.metrics.reliability import bin_sums, calibration_error, check_least_one, confidence_bins
 
 _CHUNK = 4096  # rows whose probabilities are held at once
 SIDES = ("student", "teacher")
@@ -51,8 +50,8 @@ class CapacityGap(Metric):
 
     def __init__(self, bins: int = 15, classes: int | None = None, ignore_index: int = -100, **options: Any) -> None:
         super().__init__(**options)
-        self.bins = int(check_number("CapacityGap", "bins", bins, least=1))
-        self.classes = None if classes is None else int(check_number("CapacityGap", "classes", classes, least=1))
+        self.bins = check_least_one("CapacityGap", "bins", bins)
+        self.classes = None if classes is None else check_least_one("CapacityGap", "classes", classes)
         self.ignore_index = ignore_index
         states = {
             "rows": (4,),  # rows, agreeing ones, KL, reverse KL

@@ -9,7 +9,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.checks import check_number
+
+
+def check_least_one(where: str, name: str, value: int) -> int:
+    """Returns ``value``, or raises unless it is a whole number from 1 on."""
+    if not isinstance(value, int) or value < 1:
+        raise LossplugError(f"{name} is {value!r}, allowed is 1 or more", where=where)
+    return value
 
 
 def confidence_bins(confidence: Tensor, bins: int) -> Tensor:
@@ -54,7 +60,7 @@ class Reliability(Metric):
 
     def __init__(self, bins: int = 15, ignore_index: int = -100, **options: Any) -> None:
         super().__init__(**options)
-        self.bins = int(check_number("Reliability", "bins", bins, least=1))
+        self.bins = check_least_one("Reliability", "bins", bins)
         self.ignore_index = ignore_index
         self.add_state("sums", torch.zeros(3, self.bins, dtype=torch.float64), dist_reduce_fx="sum")
 

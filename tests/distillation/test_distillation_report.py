@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lossplug import LossplugError
 from lightning_lossplug.callbacks import (
+    SAM,
     Distillation,
     DistillationReport,
     OnlineDistillation,
@@ -103,6 +104,15 @@ def test_training_batches_are_counted_as_they_were_seen(tmp_path):
     assert row["on"] == "train"
     assert row["kl"] == pytest.approx(metric.compute()["kl"].item(), rel=1e-5)
     assert row["student_accuracy"] == metric.compute()["student_accuracy"].item()
+
+
+def test_a_second_pass_is_not_counted(tmp_path):
+    reports = {}
+    for name, more in {"alone": [], "sam": [SAM()]}.items():
+        report = DistillationReport(str(tmp_path / name), on="train", plot=False)
+        trainer(Distillation(teacher()), report, *more).fit(Plain(), data())
+        reports[name] = sum(next(iter(report.details.values())).confidence["count"])
+    assert reports == {"alone": 64, "sam": 64}
 
 
 def test_online_teachers_and_averages_have_their_own_rows(tmp_path):

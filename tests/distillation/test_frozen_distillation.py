@@ -216,6 +216,14 @@ def test_a_fused_loss_trains_the_same_without_logits(name, parameters):
         torch.testing.assert_close(twin[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("part", "message"), [("lm_head", "output embeddings"), ("model.layers.0.mlp", "hidden")])
+def test_a_fused_loss_refuses_nan(part, message):
+    frozen = llama(2)
+    nn.init.constant_(next(frozen.get_submodule(part).parameters()), float("nan"))
+    with pytest.raises(LossplugError, match=f"the {message}.* of .*LlamaForCausalLM hold NaN. Check its weights"):
+        trainer(Distillation(frozen, "gkd", fused=True)).fit(CausalLM(from_config=LLAMA), texts())
+
+
 class Stubborn(nn.Sequential):
     """Can't be put in eval mode."""
 

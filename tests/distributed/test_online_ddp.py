@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from train_online import Net, network, samples, sequences
 
+from lightning_lossplug.callbacks import read_report
 from lightning_lossplug.distillation import DOT, create
 
 SCRIPT = Path(__file__).parent / "train_online.py"
@@ -102,6 +103,8 @@ def test_two_ranks(tmp_path):
             for key, value in want.items():
                 got = one[name][part]
                 torch.testing.assert_close(got.get(key, got.get(f"0.{key}")), value, rtol=1e-4, atol=1e-5)
+    assert one["plain"]["report"]["count"].sum() == len(samples())
+    assert [row["epoch"] for row in read_report(tmp_path)] == [0, 1]
     student, teacher = by_hand()
     for got, want in ((one["plain"]["net"], student), (one["plain"]["extras"], teacher)):
         for key, value in want.items():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_lossplug.callbacks import Distillation, OnlineDistillation, SelfDistillation
+from lightning_lossplug.callbacks import Distillation, DistillationReport, OnlineDistillation, SelfDistillation
 
 
 def network(width: int, seed: int, norm: bool = False) -> nn.Sequential:
@@ -65,14 +65,14 @@ class Data(pl.LightningDataModule):
         return DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False))
 
 
-def fit(module, callback, make=samples, **options):
+def fit(module, callback, make=samples, more=(), **options):
     pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         use_distributed_sampler=False,
-        callbacks=[callback],
+        callbacks=[callback, *more],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -87,7 +87,11 @@ if __name__ == "__main__":
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
     plain, found = Net(), {}
-    found["plain"] = fit(plain, OnlineDistillation(network(16, 5 + rank)))  # rank 0's teacher is taken by both
+    report = DistillationReport(sys.argv[1], on="train", plot=False)
+    online = OnlineDistillation(network(16, 5 + rank))  # rank 0's teacher is taken by both
+    found["plain"] = fit(plain, online, more=[report])
+    details = next(iter(report.details.values()))
+    found["plain"]["report"] = {k: torch.tensor(details.confidence[k]).nan_to_num() for k in ("count", "student")}
     found["switokd"] = fit(Net(norm=True), OnlineDistillation(network(16, 5, norm=True), "switokd"))
     features = Distillation(network(12, 7, norm=True), feature_loss="fitnet", layers={"2": "2"})
     found["fitnet"] = fit(Net(norm=True), features)
