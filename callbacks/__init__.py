@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.compressed_gradients import CompressedGradients
     from lightning_lossplug.callbacks.distillation import Distillation
+    from lightning_lossplug.callbacks.distillation_report import DistillationReport, read_report
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.local_updates import LocalUpdates
@@ -36,6 +37,7 @@ __all__ = [
     "ActivationDensity",
     "CompressedGradients",
     "Distillation",
+    "DistillationReport",
     "ExactResume",
     "GradientAdaptiveQAT",
     "KVChannelShrink",
@@ -52,6 +54,7 @@ __all__ = [
     "load_plugged",
     "read_checkpoint",
     "read_health",
+    "read_report",
 ]
 
 _HOME = {
@@ -60,6 +63,7 @@ _HOME = {
     "ActivationDensity": "activation_sparsity",
     "CompressedGradients": "compressed_gradients",
     "Distillation": "distillation",
+    "DistillationReport": "distillation_report",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
     "LocalUpdates": "local_updates",
@@ -76,6 +80,7 @@ _HOME = {
     "load_plugged": "checkpoint",
     "read_checkpoint": "checkpoint",
     "read_health": "sparsity_health",
+    "read_report": "distillation_report",
 }
 
 for _name, _family in {
@@ -93,6 +98,7 @@ for _name, _family in {
     "GradientAdaptiveQAT": "quantization",
     "OnlineDistillation": "distillation",
     "Distillation": "distillation",
+    "DistillationReport": "distillation",
     "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)

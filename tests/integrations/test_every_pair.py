@@ -16,6 +16,7 @@ from lightning_lossplug.callbacks import (
     SAM,
     ActivationDensity,
     Distillation,
+    DistillationReport,
     ExactResume,
     GradientAdaptiveQAT,
     KVChannelShrink,
@@ -43,6 +44,7 @@ CALLBACKS = {
     "OnlineDistillation": lambda: OnlineDistillation(teacher(), "bdkd"),
     "Distillation": lambda: Distillation(teacher()),
     "SelfDistillation": lambda: SelfDistillation(),
+    "DistillationReport": lambda: DistillationReport(on="train", plot=False),
     "SAM": lambda: SAM(),
     "ExactResume": lambda: ExactResume(),
 }
@@ -58,7 +60,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # SparsityHealth writes its file
+    monkeypatch.chdir(tmp_path)  # SparsityHealth and DistillationReport write files
 
 
 def fit(module, loader, names):
@@ -81,6 +83,10 @@ def both_orders(build, names):
 
 
 def refusal(names):
+    if set(names) == {"SparsityHealth", "DistillationReport"}:
+        return "in this run to"  # either has nothing to watch
+    if "DistillationReport" in names and not any(name.endswith("Distillation") for name in names):
+        return "there is no distillation in this run"
     if "SparsityHealth" in names and "NMSparsity" not in names:
         return "NMSparsity"
     return REFUSED.get(frozenset(names))
@@ -115,7 +121,7 @@ def test_a_shrunk_cache_beside_every_other():
     def build():
         return Wrapped(AutoModelForCausalLM.from_config(LLAMA)), DataLoader(batches, batch_size=None)
 
-    for name in set(CALLBACKS) - {"OnlineDistillation", "Distillation", "SparsityHealth"}:
+    for name in set(CALLBACKS) - {"OnlineDistillation", "Distillation", "SparsityHealth", "DistillationReport"}:
         one, two = both_orders(build, ["KVChannelShrink", name])
         assert not isinstance(one, str), (name, one)
         assert not isinstance(two, str), (name, two)
