@@ -25,7 +25,7 @@ from lightning_lossplug.integrations.kv_cache import (
     double_sparsity_mode,
     record_moments,
 )
-from lightning_lossplug.kv_cache import KVShrinkSettings, MomentRecorder, fit_factors
+from lightning_lossplug.kv_cache import KVShrinkSettings, MomentRecorder, fit_factors, gradient_moments
 
 PLAIN = {"sinks": 0, "v_metric": "plain"}  # the closed form alone
 RATIOS = {share: {"k_ratio": share / 100, "v_ratio": share / 100} for share in (50, 80)}
@@ -78,8 +78,8 @@ def spread(tokens, count, length):
 
 
 @functools.cache
-def calibrated(name, tokenizer, count, length, path):
-    """Recorders by the number of sinks that they left out."""
+def calibrated(name, tokenizer, count, length, autocast, path):
+    """Recorders by the number of sinks that they left out; one pass serves both."""
     model, text, _ = loaded(name, tokenizer)
     recorders = {sinks: MomentRecorder(model, sinks) for sinks in (0, KVShrinkSettings.sinks)}
     if path.exists():
@@ -87,13 +87,31 @@ def calibrated(name, tokenizer, count, length, path):
         for sinks, recorder in recorders.items():
             recorder.load_state_dict(state[sinks])
         return recorders
-    start, blocks = time.perf_counter(), spread(text, count, length)
-    with recorders[0]:  # sees what the other one sees, in the same passes
-        recorders[KVShrinkSettings.sinks] = record_moments(model, blocks, gradients=True)
-    seconds = time.perf_counter() - start
-    print(f"calibration on {count} x {length} tokens, gradients of an eighth: {seconds:.0f} s", flush=True)
+    start = time.perf_counter()
+    with recorders[0]:
+        recorders[KVShrinkSettings.sinks] = record_moments(model, spread(text, count, length), autocast=autocast)
+    print(f"calibration on {count} x {length} tokens: {time.perf_counter() - start:.1f} s", flush=True)
     torch.save({sinks: recorder.state_dict() for sinks, recorder in recorders.items()}, path)
     return recorders
+
+
+@functools.cache
+def differentiated(*source):
+    """The recorder without sinks, with gradients of an eighth of the blocks."""
+    name, tokenizer, count, length, _, path = source
+    recorder = calibrated(*source)[KVShrinkSettings.sinks]
+    path = path.with_suffix(".gradients.pt")
+    if path.exists():
+        recorder.load_state_dict(torch.load(path))
+        return recorder
+    model, text, _ = loaded(name, tokenizer)
+    start = time.perf_counter()
+    for block in spread(text, count, length)[::8]:
+        for index, pair in gradient_moments(model, recorder.blocks, {"input_ids": block}, recorder.sinks).items():
+            recorder.layers[index].add_gradients(pair)
+    print(f"gradients: {time.perf_counter() - start:.1f} s", flush=True)
+    torch.save(recorder.state_dict(), path)
+    return recorder
 
 
 def mean(values):
@@ -114,7 +132,9 @@ def work(moments, run, root, device):
         with double_sparsity_mode(model, table, prefill):
             return {"perplexity": decode_perplexity(model, None, windows, prefill)}
     settings = KVShrinkSettings(**run["settings"])
-    recorder = calibrated(run["model"], run["tokenizer"], run["blocks"], length, moments)[settings.sinks]
+    recorder = calibrated(run["model"], run["tokenizer"], run["blocks"], length, run["autocast"], moments)[
+        settings.sinks
+    ]
     start = time.perf_counter()
     factors = fit_factors(model, recorder, settings)
     seconds = time.perf_counter() - start
@@ -138,19 +158,21 @@ def main(argv=None):
         parser.add_argument("--tokenizer", default=None, help="default: the model's; 'bytes' for none")
         parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
         parser.add_argument("--blocks", type=int, default=64, help="calibration blocks")
+        parser.add_argument("--autocast", action="store_true", help="calibrate in bfloat16")
         parser.add_argument("--windows", type=int, default=6, help="test windows")
         parser.add_argument("--length", type=int, default=1024, help="tokens of a block and of a window")
         parser.add_argument("--steps", type=int, default=64, help="of the end-to-end row, on texts of a fourth")
 
     arguments = parse(__doc__, argv, 1, extra)
-    names = ("model", "tokenizer", "blocks", "windows", "length")
+    names = ("model", "tokenizer", "autocast", "blocks", "windows", "length")
 
     def describe(row):
         kind, settings = ROWS[row]
         own = {"kind": kind, "settings": settings, **{name: getattr(arguments, name) for name in names}}
         return {**own, "steps": arguments.steps} if kind == "distilled" else own
 
-    path = Path(f"{arguments.output}.{arguments.blocks}x{arguments.length}.moments.pt")
+    size = f"{arguments.blocks}x{arguments.length}{'.bf16' * arguments.autocast}"
+    path = Path(f"{arguments.output}.{size}.moments.pt")
     results = run_all(functools.partial(work, path), [describe(row) for row in arguments.rows], arguments)
     table, dense = [], results.get(key(describe("dense")), {}).get("perplexity", math.nan)
     for row in arguments.rows:
