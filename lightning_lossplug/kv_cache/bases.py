@@ -13,6 +13,7 @@ from lightning_lossplug.kv_cache.attention import AttentionBlock, Tap, join_head
 from lightning_lossplug.kv_cache.end_to_end import train_end_to_end
 from lightning_lossplug.kv_cache.factors import Factors, balanced
 from lightning_lossplug.kv_cache.fingerprint import fingerprint
+from lightning_lossplug.kv_cache.gradients import language_model
 from lightning_lossplug.kv_cache.orthogonal import (
     axis_energies,
     basis_factors,
@@ -175,7 +176,9 @@ def _trained(
         return KVFactors(layers, settings, mark, recorder.tokens)
 
     groups = [{"params": list(free.values()), "lr": settings.lr}]
-    train_end_to_end(model, texts, groups, moving, steps=settings.steps, where="matryoshka_kv")
+    train_end_to_end(
+        language_model(model, recorder.blocks), texts, groups, moving, steps=settings.steps, where="matryoshka_kv"
+    )
     return {place: start[place] @ cayley(free[place].detach().cpu().double()) for place in start}
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lossplug.kv_cache import pages
+from lightning_lossplug.kv_cache import pages as paging
 from lightning_lossplug.kv_cache.codes import groups_of
 from lightning_lossplug.kv_cache.latent import LatentTokens
 
@@ -53,7 +53,10 @@ def _codes(  # type: ignore[no-untyped-def] # noqa: ANN202
         return (low + scale * level.to(tl.float32)).to(TYPE)
 
 
-@triton.jit
+# what grows from token to token must not compile the kernel anew
+@triton.jit(
+    do_not_specialize=["old", "table_tokens", "pages", "tiles", "tiles_each", "mask_batch", "mask_head", "mask_row"]
+)
 def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
     query,  # noqa: ANN001
     decode,  # noqa: ANN001
@@ -66,6 +69,7 @@ def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
     sums,  # noqa: ANN001
     old,  # noqa: ANN001
     table_tokens,  # noqa: ANN001
+    pages,  # noqa: ANN001
     tiles,  # noqa: ANN001
     tiles_each,  # noqa: ANN001
     scale,  # noqa: ANN001
@@ -84,7 +88,6 @@ def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
     V_GROUPS: tl.constexpr,
     K_SIZE: tl.constexpr,
     V_SIZE: tl.constexpr,
-    PAGES: tl.constexpr,
     PAGE: tl.constexpr,
     TABLE_BATCH: tl.constexpr,
     SINKS: tl.constexpr,
@@ -118,7 +121,7 @@ def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
         held = tl.minimum(PAGE, old - page * PAGE)
         inside = token < held
         place = (batch * held + token).to(tl.int64)
-        k_codes, k_ranges = tl.load(addresses + page), tl.load(addresses + PAGES + page)
+        k_codes, k_ranges = tl.load(addresses + page), tl.load(addresses + pages + page)
         one, two = tl.zeros([BLOCK, HALF_PAD], tl.float32), tl.zeros([BLOCK, HALF_PAD], tl.float32)
         other = tl.zeros([BLOCK, REST_PAD], tl.float32)
         for start in range(0, K_RANK, CHUNK):
@@ -139,7 +142,7 @@ def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
             two += tl.load(own + HALF + half, mask=turning, other=0.0).to(tl.float32)[None, :]
             other += tl.load(own + 2 * HALF + rest, mask=still, other=0.0).to(tl.float32)[None, :]
         table_held = tl.minimum(PAGE, table_tokens - page * PAGE)
-        table = tl.load(addresses + 4 * PAGES + page).to(tl.pointer_type(TABLE))
+        table = tl.load(addresses + 4 * pages + page).to(tl.pointer_type(TABLE))
         if TABLE_BATCH > 1:
             angle = (batch * table_held + token)[:, None] * HALF + half[None, :]
         else:
@@ -164,7 +167,7 @@ def _attend(  # type: ignore[no-untyped-def] # noqa: ANN202
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp(score - anchor[:, None])
         shrink = tl.exp(top - anchor)
-        v_codes, v_ranges = tl.load(addresses + 2 * PAGES + page), tl.load(addresses + 3 * PAGES + page)
+        v_codes, v_ranges = tl.load(addresses + 2 * pages + page), tl.load(addresses + 3 * pages + page)
         z = _codes(v_codes, v_ranges, place, token < held, value, V_RANK, V_BITS, V_GROUPS, V_SIZE, TYPE)
         mass = mass * shrink + tl.sum(weight, 1)
         total = tl.dot(weight.to(TYPE), z, total * shrink[:, None], input_precision="ieee")
@@ -224,6 +227,7 @@ def partial_attention(
         sums,
         len(keys),
         len(tables),
+        keys.pages,
         tiles,
         tiles_each,
         scale,
@@ -240,8 +244,7 @@ def partial_attention(
         V_GROUPS=v_groups,
         K_SIZE=k_size,
         V_SIZE=v_size,
-        PAGES=keys.pages,
-        PAGE=pages.PAGE,
+        PAGE=paging.PAGE,
         TABLE_BATCH=tables.pages[0].shape[1],
         SINKS=0 if columns is None else columns.shape[1],
         MEAN=decoders.key_mean is not None,

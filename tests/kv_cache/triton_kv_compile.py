@@ -11,7 +11,7 @@ from lightning_lossplug.kv_cache import kernels
 from lightning_lossplug.kv_cache.codes import groups_of
 
 TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
-COUNTS = {"old", "table_tokens", "tiles", "tiles_each", "mask_batch", "mask_head", "mask_row"}
+COUNTS = {"old", "table_tokens", "pages", "tiles", "tiles_each", "mask_batch", "mask_head", "mask_row"}
 FLOATS = {"mask", "tops", "masses", "sums"}
 
 
@@ -24,7 +24,7 @@ def main() -> int:
         options = {
             "HEADS": heads, "ROWS": 4, "WIDTH": width, "HALF": half, "K_RANK": rank, "V_RANK": rank,
             "K_BITS": bits, "V_BITS": bits, "K_GROUPS": groups, "V_GROUPS": groups, "K_SIZE": size, "V_SIZE": size,
-            "PAGES": 3, "PAGE": 1024, "TABLE_BATCH": 1, "SINKS": 4 * wide, "MEAN": wide, "MASK": wide,
+            "PAGE": 1024, "TABLE_BATCH": 1, "SINKS": 4 * wide, "MEAN": wide, "MASK": wide,
             "TYPE": kind, "TABLE": kind, "ROWS_PAD": 16, "HALF_PAD": kernels.padded(half),
             "REST_PAD": kernels.padded(width - 2 * half), "V_PAD": kernels.padded(rank), "CHUNK": kernels.CHUNK,
             "BLOCK": kernels.block_of(rank),

@@ -58,6 +58,9 @@ ROWS = {
     "80 %, ASVD, 1000 steps": ("codes", {**RATIOS[80], **PLAIN, "init": "asvd", "steps": 1000}),
     "Double Sparsity, 16 channels, 64 tokens": ("sparse", {"channels": 16, "tokens": 64}),
     "80 %, spectrum": ("codes", {**RATIOS[80], "allocation": "spectrum"}),
+    "80 %, EigenAttention": ("codes", {**RATIOS[80], "factors": "eigen_attention"}),
+    "80 %, MatryoshkaKV, principal axes": ("codes", {**RATIOS[80], "factors": "matryoshka_kv"}),
+    "80 %, MatryoshkaKV, 64 steps": ("codes", {**RATIOS[80], "factors": "matryoshka_kv", "steps": 64}),
     "80 %, sensitivity, end to end": ("distilled", {**RATIOS[80], "allocation": "sensitivity"}),
 }
 
@@ -136,7 +139,8 @@ def work(moments, run, root, device):
         settings.sinks
     ]
     start = time.perf_counter()
-    factors = fit_factors(model, recorder, settings)
+    texts = spread(text, settings.steps, length // 4) if settings.looks_at_text else []
+    factors = fit_factors(model, recorder, settings, texts)
     seconds = time.perf_counter() - start
     if kind == "distilled":
         steps = run["steps"]
