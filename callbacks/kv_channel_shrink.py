@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.attention import attention_blocks
 from lightning_lossplug.kv_cache.decode_mode import decode_mode
-from lightning_lossplug.kv_cache.files import factors_from_state, factors_to_state, save_kv_factors
+from lightning_lossplug.kv_cache.files import factors_from_state, factors_to_state, save_kv_factors, shared_factors
 from lightning_lossplug.kv_cache.fingerprint import fingerprint
 from lightning_lossplug.kv_cache.plan import KVFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
@@ -204,7 +204,8 @@ class KVChannelShrink(Callback):
 
     def _fit(self, pl_module: LightningModule, recorder: MomentRecorder, texts: Sequence[Tensor] = ()) -> None:
         recorder.all_reduce()
-        self.factors = fit_factors(pl_module, recorder, self.settings, texts)
+        # each process has texts of its own
+        self.factors = shared_factors(fit_factors(pl_module, recorder, self.settings, texts))
         summary = self.factors.summary(next(iter(pl_module.parameters())).element_size())
         rank_zero_info(
             f"KVChannelShrink: {summary['bytes_per_token']} bytes per old token instead of "

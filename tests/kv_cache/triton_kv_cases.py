@@ -15,12 +15,11 @@ SMALL = {"k_ratio": 0.4, "v_ratio": 0.3, "window": 4, "sinks": 2}
 # family, settings, dtype (the interpreter has no products of bfloat16), tokens of a page, length of the prompt
 CASES = [
     ("llama", {**SMALL, "means": True}, torch.float32, 8, 20),
-    ("llama", {**SMALL, "k_bits": 4, "v_bits": 2}, torch.float32, 1024, 150),  # several tiles of a page
+    ("llama", {**SMALL, "k_bits": 4, "v_bits": 2}, torch.float32, 1024, 90),  # several tiles of a page
     ("llama", {**SMALL, "k_bits": 8, "v_bits": 4, "means": True, "sinks": 0}, torch.float16, 16, 40),
     ("llama", {**SMALL, "window": 19, "sinks": 4}, torch.float32, 8, 20),  # sinks are recent, too
     ("phi", SMALL, torch.float32, 16, 24),  # channels that don't rotate
     ("cohere", {**SMALL, "means": True}, torch.float32, 16, 24),  # pairs side by side
-    ("gemma3", SMALL, torch.float32, 16, 24),
 ]
 
 
@@ -39,6 +38,7 @@ def main() -> int:
             model.load_state_dict(model_of(family).state_dict())
         ids, mask = tokens(2, length + 4), torch.ones(2, length + 4, dtype=torch.long)
         mask[0, :5] = 0
+        triton_attention.attend.known.clear()
         found = []
         for attention in ("latent", "triton"):
             cache, logits = ChannelShrunkCache(model, factors, attention=attention), []
@@ -49,10 +49,10 @@ def main() -> int:
         size = float(found[0].abs().amax())
         gap = float((found[0] - found[1]).abs().amax())
         assert gap < (1e-4 if dtype is torch.float32 else 0.1) * size, (family, settings, gap, size)
+        known = triton_attention.attend.known
+        assert known, (family, settings)
+        assert all(known.values()), (family, settings)
         compared += found[0].numel()
-    known = triton_attention.attend.known
-    assert len(known) >= len(CASES)
-    assert all(known.values()), known
     return compared
 
 
