@@ -135,9 +135,8 @@ def work(moments, run, root, device):
         with double_sparsity_mode(model, table, prefill):
             return {"perplexity": decode_perplexity(model, None, windows, prefill)}
     settings = KVShrinkSettings(**run["settings"])
-    recorder = calibrated(run["model"], run["tokenizer"], run["blocks"], length, run["autocast"], moments)[
-        settings.sinks
-    ]
+    source = (run["model"], run["tokenizer"], run["blocks"], length, run["autocast"], moments)
+    recorder = differentiated(*source) if settings.needs_gradients else calibrated(*source)[settings.sinks]
     start = time.perf_counter()
     texts = spread(text, settings.steps, length // 4) if settings.looks_at_text else []
     factors = fit_factors(model, recorder, settings, texts)
