@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.activation_sparsity import ActivationDensity
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.compressed_gradients import CompressedGradients
+    from lightning_lossplug.callbacks.compressed_strategy import CompressedDDPStrategy
     from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
     from lightning_lossplug.callbacks.qat import QAT
     from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
+    from lightning_lossplug.callbacks.safe_checkpoints import SafeCheckpointIO
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.self_distillation import SelfDistillation
     from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
@@ -34,6 +36,7 @@ __all__ = [
     "QAT",
     "SAM",
     "ActivationDensity",
+    "CompressedDDPStrategy",
     "CompressedGradients",
     "Distillation",
     "ExactResume",
@@ -43,6 +46,7 @@ __all__ = [
     "MoEBalancing",
     "NMSparsity",
     "OnlineDistillation",
+    "SafeCheckpointIO",
     "SelfDistillation",
     "SparsityHealth",
     "SwapLoss",
@@ -58,6 +62,7 @@ _HOME = {
     "QAT": "qat",
     "SAM": "sam",
     "ActivationDensity": "activation_sparsity",
+    "CompressedDDPStrategy": "compressed_strategy",
     "CompressedGradients": "compressed_gradients",
     "Distillation": "distillation",
     "ExactResume": "exact_resume",
@@ -70,6 +75,7 @@ _HOME = {
     "OnlineDistillation": "online_distillation",
     "SelfDistillation": "self_distillation",
     "SwapLoss": "swap_loss",
+    "SafeCheckpointIO": "safe_checkpoints",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
     "load_dense": "checkpoint",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -72,6 +73,12 @@ class SAM(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(other, SAM) and other is not self for other in callbacks):
             raise LossplugError("two SAM callbacks in one run", where="SAM", remedy="Keep one of them")
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise LossplugError(
+                f"the parameters are sharded by {type(trainer.strategy).__name__}",
+                where="SAM",
+                remedy="Use DDP or one device",
+            )
         self._refuse_accumulation(trainer)
         self._second = False
         wrap_method(pl_module, "optimizer_step", self, self._optimizer_step(trainer, pl_module))

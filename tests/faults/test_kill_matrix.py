@@ -1,0 +1,90 @@
+"""The kill/resume matrix: every callback on one process, under DDP and under FSDP2, bit for bit or refused in one line.
+
+``LOSSPLUG_KILL_TRIALS=100 pytest -m slow tests/faults`` runs the full form and prints trials and failures.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_lossplug.registry import registry
+
+SCRIPT = Path(__file__).parent / "kill_matrix.py"
+TESTS = SCRIPT.parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+EVERY = int(os.environ.get("LOSSPLUG_KILL_TRIALS", "10"))
+STRATEGIES = ("single", "ddp", "fsdp2")
+REFUSED = {
+    **dict.fromkeys(
+        [("QAT", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2"), ("together", "fsdp2")], "the scale is sharded"
+    ),
+    **dict.fromkeys([("OnlineDistillation", "fsdp2"), ("SelfDistillation", "fsdp2")], "is not supported with Model"),
+    **dict.fromkeys([("CompressedGradients", "fsdp2"), ("LocalUpdates", "fsdp2")], "no communication hook for them"),
+    ("SAM", "fsdp2"): "the parameters are sharded by ModelParallelStrategy",
+}
+
+
+def matrix(folder, *options, timeout=580):
+    command = [sys.executable, str(SCRIPT), str(folder), *map(str, options)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check(rows):
+    for row in rows:
+        case = row["case"], row["strategy"]
+        assert not row["failures"], row
+        if case in REFUSED:
+            assert REFUSED[case] in row["refused"], row
+            assert len(row["refused"].splitlines()) == 1
+        else:
+            assert "refused" not in row, row
+            assert row["trials"] > 0
+
+
+def test_the_table_is_complete():
+    from kill_matrix import CASES
+
+    assert {entry.name for entry in registry if entry.kind == "callback"} == set(CASES) - {"together"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_callback_once(strategy, tmp_path):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    check(matrix(tmp_path, "--strategies", strategy, "--seed", seed))
+
+
+def test_ten_kills_of_everything_together(tmp_path):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    (row,) = matrix(
+        tmp_path, "--strategies", "single", "--callbacks", "together", "--trials", 5, "--kills", 2, "--seed", seed
+    )
+    check([row])
+    assert row["kills"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(36_000)
+def test_every_callback_many_times(tmp_path, capsys):
+    seed = random.randrange(10**6)
+    rows = matrix(tmp_path, "--trials", EVERY, "--kills", 2, "--seed", seed, timeout=35_000)
+    with capsys.disabled():
+        for row in rows:
+            print(row)
+        total = sum(row["trials"] for row in rows)
+        print(f"seed {seed}: {total} trials, {sum(row['kills'] for row in rows)} kills, ", end="")
+        print(f"{sum(bool(row['failures']) for row in rows)} cases with failures")
+    check(rows)
