@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
+from lightning_lossplug.callbacks.sharded import refuse_sharding
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
@@ -73,12 +73,7 @@ class SAM(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(other, SAM) and other is not self for other in callbacks):
             raise LossplugError("two SAM callbacks in one run", where="SAM", remedy="Keep one of them")
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-            raise LossplugError(
-                f"the parameters are sharded by {type(trainer.strategy).__name__}",
-                where="SAM",
-                remedy="Use DDP or one device",
-            )
+        refuse_sharding(trainer, "SAM")
         self._refuse_accumulation(trainer)
         self._second = False
         wrap_method(pl_module, "optimizer_step", self, self._optimizer_step(trainer, pl_module))

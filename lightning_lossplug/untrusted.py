@@ -171,7 +171,7 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
             raise
         finally:
             os.close(handle)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise LossplugError(f"can't be written: {error.strerror or error}", where=str(path)) from None
 
@@ -198,8 +198,8 @@ def _open_part(part: Path, path: Path) -> int:
         os.close(handle)
 
 
-def sync_folder(path: Path) -> None:
-    """Flushes the entries of a folder to disk."""
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -220,7 +220,7 @@ def digest_tensors(tensors: dict[str, Tensor]) -> str:
         tensor = tensors[name].detach().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if tensor.numel():
-            found.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

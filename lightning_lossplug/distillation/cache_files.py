@@ -75,7 +75,7 @@ def check_manifest(found: Manifest, path: Path) -> None:
         raise LossplugError(
             "is damaged: an entry is missing or of another type", where=str(path), remedy="Make the cache anew"
         )
-    for record in records:
+    for record in found["shards"]:
         member(path.parent, record["file"])
 
 

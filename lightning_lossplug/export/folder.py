@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.untrusted import read_json, record_files, seal, unseal, verify_files
+from lightning_lossplug.untrusted import read_json, record_files, seal, sync, unseal, verify_files
 
 MANIFEST = "lossplug.json"
 
@@ -75,6 +75,9 @@ def artifact_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(made)
+        if isinstance(error, LossplugError) and error.where and str(stage) in error.where:
+            where = error.where.replace(str(stage), str(output))
+            raise LossplugError(error.what, where=where, remedy=error.remedy) from None
         # libraries that write through safetensors hand its error on, which is no OSError
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
@@ -118,7 +121,7 @@ def _take_place(stage: Path, output: Path) -> None:
         if old is not None:
             os.rename(old, output)
         raise
-    _sync(output.parent)
+    sync(output.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -126,15 +129,7 @@ def _take_place(stage: Path, output: Path) -> None:
 def _flush(folder: Path) -> None:
     for path in (*sorted(folder.rglob("*")), folder):
         os.chmod(path, 0o755 if path.is_dir() else 0o644)  # staging files are private, an artifact isn't
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torch._dynamo  # FSDP2 would import it in every fork
 import torch.distributed as dist
 from callback_runs import OrderedLoader, Plain, data
 from callback_table import CALLBACKS, LANGUAGE, teacher

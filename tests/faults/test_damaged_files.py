@@ -89,7 +89,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     )
     assert contents(tmp_path) == before
     for line, name in zip(said, ("last.ckpt", "out", "out", "shard-00000.safetensors"), strict=True):
-        assert f"{name}: " in line, line
+        assert f"/{name}" in line, line
+        assert ".part" not in line, line
         assert "can't be written" in line, line
     assert_equal(state_of(train(run, 8, run / "last.ckpt")), state_of(train(tmp_path / "b", 8)))
     plain_export(out, 2.0, True)

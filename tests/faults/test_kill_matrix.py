@@ -30,7 +30,7 @@ REFUSED = {
     ),
     **dict.fromkeys([("OnlineDistillation", "fsdp2"), ("SelfDistillation", "fsdp2")], "is not supported with Model"),
     **dict.fromkeys([("CompressedGradients", "fsdp2"), ("LocalUpdates", "fsdp2")], "no communication hook for them"),
-    ("SAM", "fsdp2"): "the parameters are sharded by ModelParallelStrategy",
+    **dict.fromkeys([("SAM", "fsdp2"), ("KVChannelShrink", "fsdp2")], "parameters are sharded by ModelParallel"),
 }
 
 
@@ -74,6 +74,29 @@ def test_ten_kills_of_everything_together(tmp_path):
     )
     check([row])
     assert row["kills"] > 0
+
+
+def test_a_rank_that_is_lost_ends_the_others_and_the_run_goes_on(tmp_path):
+    check(matrix(tmp_path, "--lose-a-rank", "--strategies", "ddp", "--callbacks", "NMSparsity", "CompressedGradients"))
+
+
+PER_RANK = ("CompressedGradients", "LocalUpdates")  # what has state that differs between processes
+
+
+def test_another_number_of_processes_goes_on(tmp_path):
+    elastic(matrix(tmp_path, "--elastic", "--callbacks", *PER_RANK, "NMSparsity", "OnlineDistillation"))
+
+
+def elastic(rows):
+    for row in rows:
+        assert not row["failures"], row
+        assert "refused" not in row, row
+        assert row["step"] == 16, row  # 8 on the first number of processes, 8 on the second
+
+
+@pytest.mark.slow
+def test_every_callback_with_another_number_of_processes(tmp_path):
+    elastic(matrix(tmp_path, "--elastic"))
 
 
 @pytest.mark.slow
