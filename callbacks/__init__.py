@@ -102,6 +102,10 @@ for _name, _family in {
     "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
+register_path(
+    "strategy", "lossplug_ddp", f"{__name__}.compressed_strategy.CompressedDDPStrategy", family="communication"
+)
+register_path("plugin", "SafeCheckpointIO", f"{__name__}.safe_checkpoints.SafeCheckpointIO", family="resume")
 
 
 def __getattr__(name: str) -> Any:

@@ -27,7 +27,7 @@ GLOBALS = [(nn.functional, "cross_entropy"), (nn.functional, "linear"), (nn.Cros
 GLOBALS += [(nn.Module, "__call__"), (nn.Linear, "forward"), (torch.Tensor, "backward"), (torch, "save")]
 TABLE = [*CALLBACKS, *LANGUAGE, "MoEBalancing", "together"]
 LIGHTNINGS = ("_trainer", "_current_fx_name")  # what Lightning itself leaves on a module
-STEPS = int(os.environ.get("LOSSPLUG_LEAK_STEPS", "300"))
+STEPS = int(os.environ.get("LOSSPLUG_LEAK_STEPS", "200"))
 
 
 @pytest.fixture(autouse=True)
