@@ -84,8 +84,9 @@ def artifact_teacher(name: str, **options: Any) -> nn.Module:
         return timm_teacher(f"local-dir:{folder}", True, **options)
     if found.get("library") == "transformers":
         transformers = require("transformers", "transformers", f"the teacher artifact:{name}")
-        cls = getattr(transformers, str(found.get("class")).rpartition(".")[2], None)
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        cls: Any = getattr(transformers, str(found.get("class")).rpartition(".")[2], None)
+        ours = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if not ours:
             raise LossplugError(f"names the class {str(found.get('class'))[:80]!r}", where=str(manifest))
         return cls.from_pretrained(folder, **{"dtype": torch.float32, **options})
     raise LossplugError(
