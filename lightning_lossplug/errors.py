@@ -32,13 +32,23 @@ def _rebuild(cls: type[LossplugError], what: str, where: str | None, remedy: str
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """Returns a sentence that names the closest known names, or the first 20 of them when none is close."""
+    """Returns a sentence that names the closest known names, or the first 20 of them when none is close.
+
+    Case, hyphens and underscores make no difference: ``BD-KD`` is close to ``bdkd``.
+    """
     known = sorted(known)
-    close = get_close_matches(given, known, n=3, cutoff=0.55)
+    bare: dict[str, list[str]] = {}
+    for name in known:
+        bare.setdefault(_bare(name), []).append(name)
+    close = [name for key in get_close_matches(_bare(given), bare, n=3, cutoff=0.55) for name in bare[key]][:3]
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
     rest = f" … ({len(known)} in all)" if len(known) > 20 else ""
     return "Known: " + ", ".join(known[:20]) + rest
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def require(package: str, extra: str, purpose: str) -> ModuleType:

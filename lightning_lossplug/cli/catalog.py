@@ -45,8 +45,8 @@ def select(word: str | None, found: list[Entry]) -> list[Entry]:
 
 
 def plural(kind: str) -> str:
-    """``loss`` -> ``losses``; data is its own plural."""
-    if kind == "data":
+    """``loss`` -> ``losses``; data and post_training are their own plurals."""
+    if kind in ("data", "post_training"):
         return kind
     if kind.endswith("y"):
         return f"{kind[:-1]}ies"

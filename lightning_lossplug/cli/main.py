@@ -93,7 +93,7 @@ def usage() -> str:
     rows = "\n".join(f"  {name:<15}{text}" for name, text in COMMANDS.items())
     return (
         "usage: lossplug COMMAND [options]\n\n"
-        "New losses and progressive N:M sparsity for any LightningModule.\n\n"
+        "New losses, N:M sparsity, quantisation, distillation and a small KV cache for any LightningModule.\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
         "  -h, --help  this text; `lossplug COMMAND --help` explains a command\n"

@@ -48,22 +48,24 @@ def table(
         columns: Headers; all empty for none.
         rows: Cells, as text with rich markup.
         right: Headers of the columns that are numbers.
-        cut: Headers of the columns whose cells are cut off rather than wrapped.
+        cut: Headers of the columns that give way when the lines are too long: their cells are cut off, the other
+            columns keep their width.
     """
     box = require("rich.box", "cli", "the lossplug command")
+    text = require("rich.text", "cli", "the lossplug command").Text
     made = require("rich.table", "cli", "the lossplug command").Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     made.show_header = any(columns)
     for column in columns:
-        made.add_column(
-            column,
-            justify="right" if column in right else "left",
-            overflow="ellipsis" if column in cut else "fold",
-            no_wrap=column in cut,
-        )
+        kept = bool(cut) and column not in cut
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=kept)
     for row in rows:
-        made.add_row(*row)
+        cells: list[Any] = list(row)
+        for index in (i for i, column in enumerate(columns) if column in cut):
+            cells[index] = text.from_markup(row[index], overflow="ellipsis")
+            cells[index].no_wrap = True  # of the cell, not of the column, which would keep its width
+        made.add_row(*cells)
     return made
 
 

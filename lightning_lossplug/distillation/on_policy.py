@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lossplug.distillation.divergences import forward_kl
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number, upcast
+from lightning_lossplug.surgery.modes import evaluating
 
 WHERE = "on_policy"
 IGNORED = -100
@@ -192,9 +193,7 @@ def complete(network: nn.Module, begun: list[list[int]], how: OnPolicy, device: 
     for i, tokens in enumerate(begun):  # padded on the left, where generation wants it
         ids[i, longest - len(tokens) :] = torch.tensor(tokens)
         mask[i, longest - len(tokens) :] = 1
-    modes = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with evaluating(model):
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -206,9 +205,6 @@ def complete(network: nn.Module, begun: list[list[int]], how: OnPolicy, device: 
             pad_token_id=pad,
             use_cache=True,
         )
-    finally:
-        for module in modes:
-            module.training = True
     done = []
     for tokens, row in zip(begun, out[:, longest:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -237,13 +233,8 @@ def corrected(
     """Returns completions after one correction each; those that need none stay."""
     batch = pack(rows, device)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    modes = [m for m in student.modules() if m.training]
-    student.eval()
-    try:
+    with evaluating(student):
         z_s, z_t = (network(**inputs).logits[:, :-1] for network in (student, teacher))
-    finally:
-        for module in modes:
-            module.training = True
     at = correction_position(z_s, z_t, (batch["labels"] != IGNORED)[:, 1:]).tolist()
     todo = [i for i, position in enumerate(at) if position >= 0]
     if not todo:

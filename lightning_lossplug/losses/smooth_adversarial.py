@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,24 +12,13 @@ from lightning_lossplug.losses.base import ClassificationLoss, Loss, check_label
 from lightning_lossplug.losses.comp_sum import comp_sum
 from lightning_lossplug.losses.stats import logit_stats
 from lightning_lossplug.registry import register
+from lightning_lossplug.surgery.modes import evaluating
 
 
 def margin_change(z: Tensor, perturbed: Tensor, y: Tensor) -> Tensor:
     """Returns the L2 norm [R] of the change of the margins ``z_y - z_k`` from ``z`` to ``perturbed`` [R, C]."""
     change = perturbed - z
     return ((change.gather(1, y[:, None]) - change).square().sum(dim=1) + 1e-12).sqrt()
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode and every module back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Rows(ClassificationLoss):
@@ -140,7 +127,7 @@ class SmoothAdversarialCompSum(Loss):
     def attack(self, model: nn.Module, inputs: Tensor, y: Tensor) -> Tensor:
         """Returns inputs within the radius that change the margins at labels ``y`` most; the model's state stays."""
         x = inputs.detach()
-        with frozen_statistics(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             with torch.no_grad():
                 z = upcast(model(x))
             check_labels(y, z.shape[1], 0, "smooth_adversarial_comp_sum")

@@ -2,6 +2,7 @@
 
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method, wrapped_methods
 from lightning_lossplug.surgery.fold_norm import fold_batch_norm
+from lightning_lossplug.surgery.modes import evaluating
 from lightning_lossplug.surgery.plug import (
     INPUT,
     STAGES,
@@ -28,6 +29,7 @@ __all__ = [
     "Selection",
     "WeightTransform",
     "candidates",
+    "evaluating",
     "fold",
     "fold_batch_norm",
     "latent",

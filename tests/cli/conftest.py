@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from commands import FIT, LOSS, SPARSE, SWAP, Done, command
 
 
@@ -61,3 +62,31 @@ def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = command("export", checkpoint, "--output", folder)
     assert done.code == 0, done
     return folder
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Llama with a tokenizer of bytes."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("language_model")
+    torch.manual_seed(0)
+    fields = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + i for i, letter in enumerate(alphabet)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of English."""
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog, and so on. " * 12)
+    return file

@@ -1,83 +1,39 @@
 """``lossplug quantize`` on a tiny model with a tokenizer of bytes."""
 
-import contextlib
-import io
 import json
 
 import pytest
 import torch
 
-from lightning_lossplug.cli.main import main
 from lightning_lossplug.integrations.packed import load_packed
 from lightning_lossplug.integrations.pretrained import load_causal_lm
-
-
-def run(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return code, out.getvalue(), err.getvalue()
-
-
-def mistake(*arguments):
-    code, _, err = run(*arguments)
-    assert code == 2, err
-    assert len(err.strip().splitlines()) == 1
-    return err
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    import tokenizers
-    import transformers
-
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    fields = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    fields |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.1}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + i for i, letter in enumerate(alphabet)}}
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "a.txt"
-    file.write_text("the quick brown fox jumps over the lazy dog, and so on. " * 12)
-    return file
-
 
 SMALL = ("--block-size", 32, "--tokens", 256)
 
 
-def test_packed_file_holds_what_was_measured(model, text, tmp_path):
-    code, out, err = run(
-        "quantize", model, "--text", text, "--bits", "w4a8", "--migrate", "smoothquant", "-o", tmp_path / "q", *SMALL,
+def test_packed_file_holds_what_was_measured(cli, language_model, text, tmp_path):
+    code, out, err = cli(
+        "quantize", language_model, "--text", text, "--bits", "w4a8", "--migrate", "smoothquant", "-o", tmp_path / "q", *SMALL,
         "--evaluate", 2, "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
     found = json.loads(out)
-    assert len(found["layers"]) == 14
+    assert len(found["layers"]) == 21
     assert found["calibration"] == "256 tokens"
     assert found["bytes"] < found["float_bytes"] / 6
     assert all(layer["error"] <= layer["nearest_error"] * 1.2 for layer in found["layers"].values())
-    net = load_packed(load_causal_lm(str(model)), tmp_path / "q" / "quantized.safetensors")
+    net = load_packed(load_causal_lm(str(language_model)), tmp_path / "q" / "quantized.safetensors")
     tokens = torch.tensor([3 + i for i in range(32)])[None]
     assert net(input_ids=tokens).logits.isfinite().all()
     assert 0.5 < found["metrics"]["perplexity"] / found["float_metrics"]["perplexity"] < 2
     assert json.loads((tmp_path / "q" / "quantization.json").read_text()) == found
 
 
-def test_dense_folder_loads_in_transformers(model, text, tmp_path):
+def test_dense_folder_loads_in_transformers(cli, language_model, text, tmp_path):
     import transformers
 
-    code, out, err = run(
-        "quantize", model, "--text", text, "--method", "adaround", "--set", "iters=5", "--bits", 4, "--group-size", 16,
+    code, out, err = cli(
+        "quantize", language_model, "--text", text, "--method", "adaround", "--set", "iters=5", "--bits", 4, "--group-size", 16,
         "-o", tmp_path / "q", *SMALL, "--dense",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -104,13 +60,13 @@ def test_dense_folder_loads_in_transformers(model, text, tmp_path):
         (["--metod", "rtn"], "unknown option --metod. Did you mean '--method'"),
     ],
 )
-def test_mistakes_are_one_line(model, text, arguments, words, tmp_path):
-    assert words in mistake("quantize", model, "--text", text, "-o", tmp_path / "out", *arguments)
+def test_mistakes_are_one_line(mistake, language_model, text, arguments, words, tmp_path):
+    assert words in mistake("quantize", language_model, "--text", text, "-o", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_checkpoint_and_data_module(checkpoint, tmp_path):
-    code, out, err = run(
+def test_checkpoint_and_data_module(cli, mistake, checkpoint, tmp_path):
+    code, out, err = cli(
         "quantize", checkpoint, "--data", "DigitsData", "--bits", "w4a8", "--method", "adaround", "--set", "iters=20",
         "--samples", 64, "--evaluate", 2, "-o", tmp_path / "q", "--json",
     )  # fmt: skip
@@ -122,14 +78,14 @@ def test_checkpoint_and_data_module(checkpoint, tmp_path):
     assert "either text or data" in mistake("quantize", checkpoint, "-o", tmp_path / "r")
 
 
-def test_nan_during_calibration_names_the_layer(model, text, tmp_path):
+def test_nan_during_calibration_names_the_layer(mistake, language_model, text, tmp_path):
     import transformers
 
-    net = transformers.AutoModelForCausalLM.from_pretrained(model)
+    net = transformers.AutoModelForCausalLM.from_pretrained(language_model)
     with torch.no_grad():
         net.model.layers[1].input_layernorm.weight[3] = float("nan")
     net.save_pretrained(tmp_path / "broken")
-    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "broken")
+    transformers.AutoTokenizer.from_pretrained(language_model).save_pretrained(tmp_path / "broken")
     line = mistake("quantize", tmp_path / "broken", "--text", text, "-o", tmp_path / "out", *SMALL)
     assert "model.layers.1.self_attn.q_proj: " in line
     assert "of the calibration inputs are NaN or infinite" in line

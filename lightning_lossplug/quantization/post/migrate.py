@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.grid import check_finite
-from lightning_lossplug.quantization.post.run import evaluating
 from lightning_lossplug.quantization.post.walk import call
 from lightning_lossplug.registry import registry
+from lightning_lossplug.surgery.modes import evaluating
 from lightning_lossplug.surgery.permute import unchanged
 from lightning_lossplug.surgery.plug import PluggedLayer, plain_class
 from lightning_lossplug.surgery.select import layer_kinds

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from lightning_lossplug.quantization.post.method import PostTrainingMethod
 from lightning_lossplug.quantization.post.walk import Forward, LayerReport, Walk, call
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique, QuantLayer
 from lightning_lossplug.registry import registry
+from lightning_lossplug.surgery.modes import evaluating
 from lightning_lossplug.surgery.select import Selection, require_taken
 
 
@@ -147,15 +147,3 @@ def _measure_again(layer: QuantLayer) -> None:
     if isinstance(layer.weight, LSQ):
         layer.weight.forget()
         layer.weight.initialize(layer.latent)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is in eval mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
