@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.activation_sparsity import ActivationDensity
     from lightning_lossplug.callbacks.checkpoint import dense_state_dict, load_dense, load_plugged, read_checkpoint
     from lightning_lossplug.callbacks.compressed_gradients import CompressedGradients
+    from lightning_lossplug.callbacks.compressed_strategy import CompressedDDPStrategy
     from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.distillation_report import DistillationReport, read_report
     from lightning_lossplug.callbacks.exact_resume import ExactResume
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.online_distillation import OnlineDistillation
     from lightning_lossplug.callbacks.qat import QAT
     from lightning_lossplug.callbacks.qat_gradient import GradientAdaptiveQAT
+    from lightning_lossplug.callbacks.safe_checkpoints import SafeCheckpointIO
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.self_distillation import SelfDistillation
     from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
@@ -35,6 +37,7 @@ __all__ = [
     "QAT",
     "SAM",
     "ActivationDensity",
+    "CompressedDDPStrategy",
     "CompressedGradients",
     "Distillation",
     "DistillationReport",
@@ -45,6 +48,7 @@ __all__ = [
     "MoEBalancing",
     "NMSparsity",
     "OnlineDistillation",
+    "SafeCheckpointIO",
     "SelfDistillation",
     "SparsityHealth",
     "SwapLoss",
@@ -61,6 +65,7 @@ _HOME = {
     "QAT": "qat",
     "SAM": "sam",
     "ActivationDensity": "activation_sparsity",
+    "CompressedDDPStrategy": "compressed_strategy",
     "CompressedGradients": "compressed_gradients",
     "Distillation": "distillation",
     "DistillationReport": "distillation_report",
@@ -74,6 +79,7 @@ _HOME = {
     "OnlineDistillation": "online_distillation",
     "SelfDistillation": "self_distillation",
     "SwapLoss": "swap_loss",
+    "SafeCheckpointIO": "safe_checkpoints",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
     "load_dense": "checkpoint",
@@ -102,6 +108,10 @@ for _name, _family in {
     "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
+register_path(
+    "strategy", "lossplug_ddp", f"{__name__}.compressed_strategy.CompressedDDPStrategy", family="communication"
+)
+register_path("plugin", "SafeCheckpointIO", f"{__name__}.safe_checkpoints.SafeCheckpointIO", family="resume")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,19 +10,19 @@ A dense checkpoint loads into a plugged module as it is (``fit(ckpt_path=...)``,
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from lightning_lossplug.callbacks.safe_checkpoints import REMEDY, verify_checkpoint
 from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import registry
 from lightning_lossplug.surgery.plug import is_transform_key
 from lightning_lossplug.technique import Technique
+from lightning_lossplug.untrusted import reading
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -33,21 +33,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a Lightning checkpoint onto the CPU, without unpickling anything but tensors and plain types.
 
     Raises:
-        LossplugError: The file is missing, unreadable, truncated, or no Lightning checkpoint.
+        LossplugError: The file is missing, unreadable, truncated, changed, or no Lightning checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise LossplugError("there is no such checkpoint file", where=str(path))
-    try:
+    verify_checkpoint(path)
+    remedy = f"{REMEDY}; objects in hyper-parameters need save_hyperparameters(ignore=[...])"
+    with reading(path, "the checkpoint", remedy):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LossplugError(
-            f"the checkpoint can't be read, it may be truncated ({reason[:160]})",
-            where=str(path),
-            remedy="Use an earlier checkpoint; objects in hyper-parameters need save_hyperparameters(ignore=[...])",
-        ) from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise LossplugError("the file is no Lightning checkpoint: it has no state_dict", where=str(path))
     return checkpoint
 

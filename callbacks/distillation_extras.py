@@ -49,15 +49,18 @@ class ExtrasCallback(Callback):
         """Drops what an earlier fit left, except the networks."""
         self._restored, self._saved, self.aux, self._open = False, None, None, False
 
-    def _prepare(self, trainer: Trainer) -> None:
-        """Restores the extras and makes their optimizer; called once they exist."""
-        extras = self.extras()
+    def _refuse_sharding(self, trainer: Trainer) -> None:
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise LossplugError(
                 f"a network that changes in training is not supported with {type(trainer.strategy).__name__}",
                 where=self.where,
                 remedy="Use one device or DDP, or a frozen teacher",
             )
+
+    def _prepare(self, trainer: Trainer) -> None:
+        """Restores the extras and makes their optimizer; called once they exist."""
+        extras = self.extras()
+        self._refuse_sharding(trainer)
         saved = self._saved
         if saved is not None:
             self._load(extras, saved["extras"])

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_lossplug.callbacks.safe_checkpoints import SafeCheckpointIO, verify_checkpoint
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 
 
 class ExactResume(Callback):
@@ -28,6 +34,9 @@ class ExactResume(Callback):
       micro-batches, of every process: as many bytes as the weights, times the processes, in such checkpoints only;
     * the position of the training loader, where Lightning 2.6 saves it but does not load it, because
       ``configure_optimizers`` read ``trainer.estimated_stepping_batches``.
+
+    Checkpoints are written and checked by :class:`SafeCheckpointIO`, unless the Trainer was given another plugin: a
+    kill, a full disk or a lost machine leaves the old file or the new one, and a damaged one is refused by its name.
 
     The data itself has to come in a repeatable order, from a loader that saves its position with ``state_dict`` and
     ``load_state_dict``, such as ``lightning_lossplug.integrations.ResumableLoader``, which the built-in data modules
@@ -46,6 +55,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
+        self._io: CheckpointIO | None = None  # the Trainer's own, while a safe one stands in for it
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the states of all processes; every process gets here, rank 0 writes the file."""
@@ -62,8 +72,13 @@ class ExactResume(Callback):
         checkpoint["callbacks"][self.state_key] = {"device": pl_module.device.type, "ranks": ranks}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what an earlier run left."""
+        """Forgets what an earlier run left, and makes checkpoint files safe."""
         self._saved = None
+        strategy = trainer.strategy
+        if self._io is None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            self._io, strategy.checkpoint_io = strategy.checkpoint_io, SafeCheckpointIO()
+            if isinstance(strategy, ModelParallelStrategy):  # it reads files without its plugin
+                wrap_method(strategy, "load_checkpoint", self, _verified)  # type: ignore[arg-type]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the states until training starts; validating from a checkpoint changes no random state."""
@@ -86,6 +101,24 @@ class ExactResume(Callback):
             fit_loop._combined_loader_states_to_load = []
             iter(fit_loop._data_fetcher)  # type: ignore[arg-type]  # the iterator made before knows nothing of them
         set_random_state(mine["random"], pl_module.device)  # last: making an iterator draws from the generator
+
+    def _clean_up(self, trainer: Trainer) -> None:
+        if self._io is not None:
+            trainer.strategy.checkpoint_io, self._io = self._io, None
+            unwrap_method(trainer.strategy, "load_checkpoint", self)  # type: ignore[arg-type]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts the Trainer's own writer of checkpoints back."""
+        self._clean_up(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an exception, when ``teardown`` is not called."""
+        self._clean_up(trainer)
+
+
+def _verified(inner: Callable[..., Any], checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    verify_checkpoint(checkpoint_path)
+    return inner(checkpoint_path, *args, **kwargs)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

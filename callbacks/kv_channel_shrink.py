@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_lossplug.callbacks.sharded import refuse_sharding
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.attention import attention_blocks
 from lightning_lossplug.kv_cache.decode_mode import decode_mode
@@ -146,6 +147,11 @@ class KVChannelShrink(Callback):
         self.recorder: MomentRecorder | None = None
         self._restored: dict[str, Any] | None = None
         self._mode: AbstractContextManager[Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses sharded parameters: calibration calls parts of the model and reads its projections."""
+        if stage == "fit":
+            refuse_sharding(trainer, "KVChannelShrink", "Calibrate after the training: lossplug shrink-kv")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the model before anything is computed."""

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
+from lightning_lossplug.callbacks.sharded import refuse_sharding
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
@@ -72,6 +73,7 @@ class SAM(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(other, SAM) and other is not self for other in callbacks):
             raise LossplugError("two SAM callbacks in one run", where="SAM", remedy="Keep one of them")
+        refuse_sharding(trainer, "SAM")
         self._refuse_accumulation(trainer)
         self._second = False
         wrap_method(pl_module, "optimizer_step", self, self._optimizer_step(trainer, pl_module))

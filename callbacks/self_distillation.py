@@ -89,6 +89,7 @@ class SelfDistillation(Distillation):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the student, which has its weights now, and goes on from the average of a resumed run."""
+        self._refuse_sharding(trainer)
         self._detach_taps()
         root = pl_module.get_submodule(self._path(pl_module))
         self.teacher = plain_copy(root)

@@ -70,7 +70,7 @@ def main() -> None:
     start = perf_counter()
     if options.moments is not None and options.moments.is_file():
         recorder = MomentRecorder(model)
-        recorder.load_state_dict(torch.load(options.moments))
+        recorder.load_state_dict(torch.load(options.moments, weights_only=True))
     else:
         recorder = record_moments(model, spread(calibration, blocks, length), gradients=options.more)
         if options.moments is not None:

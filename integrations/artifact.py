@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.export.dense import dense_state, write_safetensors
-from lightning_lossplug.export.folder import MANIFEST, artifact_folder
+from lightning_lossplug.export.folder import artifact_folder, write_manifest
 from lightning_lossplug.export.hardware import hardware_report
 from lightning_lossplug.integrations.artifact_files import ONNX, write_mask_file, write_onnx_file
 from lightning_lossplug.integrations.network import Network, find_network
@@ -64,7 +63,7 @@ def export_artifact(
 
     The folder is read back with the library's own strict loader, and every N:M group is counted, before it takes its
     place. Besides the weights it holds ``lossplug.json``: the pattern of every layer and whether 2:4 kernels
-    can use it in float16, techniques, sizes, versions.
+    can use it in float16, techniques, sizes, versions, and the checksum of every other file.
 
     Args:
         module: A LightningModule (plugged or plain) or a network.
@@ -105,7 +104,7 @@ def export_artifact(
             manifest["masks"] = write_mask_file(techniques, found, state, stage)
         if onnx:
             manifest["onnx"] = {"file": ONNX, **asdict(write_onnx_file(found, stage, inputs))}
-        (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(stage, manifest)
     return {**manifest, "folder": str(output), "load": _loader(found, str(output))}
 
 

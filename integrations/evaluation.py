@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_lossplug.callbacks.checkpoint import read_checkpoint, replug
 from lightning_lossplug.errors import LossplugError, require
-from lightning_lossplug.export.folder import MANIFEST
+from lightning_lossplug.export.folder import MANIFEST, read_artifact_manifest
 from lightning_lossplug.integrations.network import find_network, rebuild_module
 from lightning_lossplug.metrics.counts import stored_bytes, zeros
 from lightning_lossplug.sparsity.technique import NMTechnique
 from lightning_lossplug.surgery.plug import fold
+from lightning_lossplug.untrusted import read_json, reading
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ def load_subject(path: str | Path, model: str | None = None) -> Subject:
     if not path.is_dir():
         return _from_checkpoint(path, model)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(path / "config.json")
+    except (OSError, LossplugError):
         raise LossplugError(
             "the folder has no readable config.json, so nothing says how to build the network",
             where=str(path),
             remedy="Evaluate its checkpoint, or a folder for timm or transformers",
         ) from None
+    groups = _manifest_groups(path)  # compares checksums, so before anything is loaded
     try:
         if "architecture" in config:
             timm = require("timm", "timm", "this artifact")
@@ -73,17 +74,16 @@ def load_subject(path: str | Path, model: str | None = None) -> Subject:
     except Exception as error:  # a truncated file, foreign keys ...: every library has exceptions of its own
         reason = " ".join(str(error).split())[:160]
         raise LossplugError(f"the artifact can't be loaded ({reason})", where=str(path)) from error
-    return Subject(str(path), network.eval(), _manifest_groups(path))
+    return Subject(str(path), network.eval(), groups)
 
 
 def _manifest_groups(folder: Path) -> dict[str, int]:
     try:
-        layers = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layers"]
-        return {name: int(layer["m"]) for name, layer in layers.items()}
+        manifest = read_artifact_manifest(folder)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise LossplugError("the manifest can't be read", where=str(folder / MANIFEST)) from None
+    with reading(folder / MANIFEST, "the manifest"):
+        return {name: int(layer["m"]) for name, layer in manifest["layers"].items()}
 
 
 def _from_checkpoint(path: Path, model: str | None) -> Subject:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lossplug.errors import LossplugError, require
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.export.dense import dense_state, write_safetensors
 from lightning_lossplug.quantization.base import Codes
 from lightning_lossplug.quantization.grid import Layout
@@ -17,6 +17,7 @@ from lightning_lossplug.quantization.integer import fuse_model, integer_layer, q
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.packing import pack_codes, unpack_codes
 from lightning_lossplug.surgery.plug import fold, plugged_layers
+from lightning_lossplug.untrusted import digest_tensors, parse_json, read_safetensors, reading, seal, shape_of, unseal
 
 FORMAT = 1
 KEY = "lossplug_quantized"
@@ -79,8 +80,10 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
         raise LossplugError("the model has no weight with integer codes", where=str(path), remedy="Train it with QAT")
     packed = sum(t.numel() * t.element_size() for t in tensors.values())
     rest = {key: value for key, value in dense_state(fold(model)).items() if key not in layers}
-    header = {KEY: json.dumps({"format": FORMAT, "layers": layers})}
-    write_safetensors({**rest, **tensors}, Path(path), header)
+    everything = {**rest, **tensors}
+    about = {"format": FORMAT, "tensors": digest_tensors(everything), "layers": layers}
+    header = {KEY: json.dumps(seal(about))}
+    write_safetensors(everything, Path(path), header)
     return {"bytes": packed, "float_bytes": dense, "layers": layers}
 
 
@@ -101,6 +104,18 @@ def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True, f
         LossplugError: The file is missing, corrupt, or of another module.
     """
     tensors, layers = _read(Path(path))
+    with reading(path, "the packed model", "It was written for another module, or is damaged"):
+        return _load(module, tensors, layers, path, integers, fuse)
+
+
+def _load(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    layers: dict[str, Any],
+    path: str | Path,
+    integers: bool,
+    fuse: bool,
+) -> nn.Module:
     state = module.state_dict()
     dense = {key: value for key, value in tensors.items() if key in state}
     used = set(dense)
@@ -163,16 +178,27 @@ def _layer(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = require("safetensors", "lightning", "load_packed")
-    if not path.is_file():
-        raise LossplugError("there is no such file", where=str(path))
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
-    except Exception as error:  # SafetensorError is no public class; a broken header raises several others
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise LossplugError(f"the file can't be read, it may be truncated ({reason})", where=str(path)) from None
+    tensors, pairs = read_safetensors(path, "load_packed")
+    header = parse_json(pairs.get(KEY, "null"), path)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise LossplugError("the file holds no packed model of this version", where=str(path))
-    return tensors, header["layers"]
+    header = unseal(header, path)
+    if header.get("tensors") != digest_tensors(tensors):
+        raise LossplugError(
+            "the file's values have another checksum than when it was written",
+            where=str(path),
+            remedy="Export or download it again",
+        )
+    with reading(path, "its header"):
+        return tensors, {key: _entry(entry, path) for key, entry in header["layers"].items()}
+
+
+def _entry(entry: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the entry of one weight, after checking what is computed with."""
+    low, high, stride = entry["low"], entry["high"], entry["stride"]
+    whole = all(type(value) is int and abs(value) < 1 << 31 for value in (low, high, stride))
+    if not whole or not 0 <= high - low <= 255 * stride or stride not in (1, 2):
+        raise LossplugError(f"codes from {low} to {high} in steps of {stride} are no codes", where=str(path))
+    if type(entry["group_size"]) not in (int, type(None)) or type(entry["axis"]) is not int:
+        raise LossplugError("the layout of a weight is none", where=str(path))
+    return {**entry, "shape": list(shape_of(entry["shape"], path)), "per_channel": bool(entry["per_channel"])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError, suggestion
-from lightning_lossplug.export.folder import artifact_folder
+from lightning_lossplug.export.folder import artifact_folder, write_manifest
 from lightning_lossplug.integrations.artifact_files import ONNX, example_inputs, onnx_module
 from lightning_lossplug.integrations.compressed import save_compressed
 from lightning_lossplug.integrations.network import Network, find_network
@@ -72,7 +71,7 @@ def export_quantized(
             check = export_onnx_qdq(onnx_module(found), given, stage / ONNX, dynamic=axes)
             manifest |= {"max_difference": check.max_difference, "opset": check.opset, "bytes": check.bytes}
             manifest["load"] = f'onnxruntime.InferenceSession("{output / ONNX}")'
-        (stage / "lossplug.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(stage, manifest)
     return manifest
 
 

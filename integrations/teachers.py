@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lossplug.errors import LossplugError, require
+from lightning_lossplug.export.folder import read_artifact_manifest
 
 
 def timm_teacher(name: str, pretrained: bool = True, img_size: int | None = None, **options: Any) -> nn.Module:
@@ -79,12 +79,15 @@ def artifact_teacher(name: str, **options: Any) -> nn.Module:
     manifest = folder / "lossplug.json"
     if not manifest.is_file():
         raise LossplugError("holds no lossplug.json", where=str(folder), remedy="Name a folder of 'lossplug export'")
-    found = json.loads(manifest.read_text(encoding="utf-8"))
-    if found["library"] == "timm":
+    found = read_artifact_manifest(folder)
+    if found.get("library") == "timm":
         return timm_teacher(f"local-dir:{folder}", True, **options)
-    if found["library"] == "transformers":
+    if found.get("library") == "transformers":
         transformers = require("transformers", "transformers", f"the teacher artifact:{name}")
-        cls = getattr(transformers, found["class"].rpartition(".")[2])
+        cls: Any = getattr(transformers, str(found.get("class")).rpartition(".")[2], None)
+        ours = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if not ours:
+            raise LossplugError(f"names the class {str(found.get('class'))[:80]!r}", where=str(manifest))
         return cls.from_pretrained(folder, **{"dtype": torch.float32, **options})
     raise LossplugError(
         "is a bare state of a torch module",

@@ -20,7 +20,8 @@ class LossplugError(ValueError):
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what, self.where, self.remedy = what, where, remedy
         text = f"{where}: {what}" if where else what
-        super().__init__(f"{text}. {remedy}" if remedy else text)
+        text = f"{text}. {remedy}" if remedy else text
+        super().__init__(" ".join(text.splitlines()))  # a name read from a file may hold a line break
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.remedy)

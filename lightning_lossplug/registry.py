@@ -59,8 +59,8 @@ class Entry:
     Args:
         kind: ``loss``, ``recipe`` (of N:M sparsity), ``mask``, ``score``, ``transform``, ``optimizer``, ``function``,
             ``activation`` (thresholds), ``quantizer``, ``post_training``, ``teacher``, ``compressor``,
-            ``error_feedback`` and ``local_update`` (of gradients), ``schedule``, ``callback``, ``model``, ``data``,
-            ``metric`` or ``exporter``.
+            ``error_feedback`` and ``local_update`` (of gradients), ``schedule``, ``callback``, ``strategy``,
+            ``plugin``, ``model``, ``data``, ``metric`` or ``exporter``.
         name: The name on the method card.
         factory: Builds the thing; or its dotted path, imported at first use.
         family: The group shown by ``lossplug list``.

@@ -7,6 +7,9 @@ from callback_runs import make_trainer
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, LlamaConfig
 
+from lightning_lossplug.kv_cache import Factors, KVFactors, KVShrinkSettings
+from lightning_lossplug.kv_cache.plan import LayerFactors
+
 TINY = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -41,3 +44,11 @@ def train(model, batch, *callbacks, lr=1e-2):
         module, DataLoader([batch] * 3, batch_size=None)
     )
     return module
+
+
+def kv_factors():
+    """Factors of one layer of 8 channels."""
+    g = torch.Generator().manual_seed(0)
+    one = Factors(torch.randn(8, 3, generator=g), torch.randn(3, 8, generator=g), torch.randn(8, generator=g))
+    two = Factors(torch.randn(8, 2, generator=g), torch.randn(2, 8, generator=g))
+    return KVFactors({0: LayerFactors(one, two, 0.25, 0.5)}, KVShrinkSettings(), {"model": "x", "layers": 1}, 64)

@@ -38,6 +38,7 @@ from lightning_lossplug.kv_cache.labels import (
 )
 from lightning_lossplug.kv_cache.shrink import run_batches
 from lightning_lossplug.losses.checks import check_choice
+from lightning_lossplug.untrusted import read_json, reading, replace_file, seal, unseal
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class DoubleSparsity:
     def save(self, path: str | Path) -> Path:
         """Writes the table as JSON."""
         plain = {**asdict(self), "channels": {str(i): table.tolist() for i, table in self.channels.items()}}
-        Path(path).write_text(json.dumps(plain) + "\n", encoding="utf-8")
+        replace_file(Path(path), (json.dumps(seal(plain)) + "\n").encode())
         return Path(path)
 
     @classmethod
@@ -74,12 +75,17 @@ class DoubleSparsity:
         Raises:
             LossplugError: The file can't be read.
         """
-        try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
-            plain["channels"] = {int(i): torch.tensor(table) for i, table in plain["channels"].items()}
+        with reading(path, "the table"):
+            plain = unseal(read_json(Path(path)), path)
+            plain["channels"] = {int(i): _table(table, path) for i, table in plain["channels"].items()}
             return cls(**plain)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise LossplugError(f"can't be read: {error}", where=str(path)) from None
+
+
+def _table(rows: Any, path: str | Path) -> Tensor:
+    table = torch.tensor(rows)
+    if table.dtype != torch.int64 or table.ndim != 2 or not bool((table >= 0).all()):
+        raise LossplugError("a layer's channels are no table of whole numbers", where=str(path))
+    return table
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from lightning_lossplug.registry import Entry, registry
 CONFIG = "config"
 ORDER = (
     *("loss", "recipe", "mask", "score", "transform", "activation", "quantizer", "post_training", "teacher"),
-    *("compressor", "error_feedback", "local_update", "schedule", "optimizer", "callback", "model", "data"),
-    *("metric", "function", "exporter", CONFIG),
+    *("compressor", "error_feedback", "local_update", "schedule", "optimizer", "callback", "strategy", "plugin"),
+    *("model", "data", "metric", "function", "exporter", CONFIG),
 )
 
 
@@ -48,6 +48,8 @@ def plural(kind: str) -> str:
     """``loss`` -> ``losses``; data and post_training are their own plurals."""
     if kind in ("data", "post_training"):
         return kind
+    if kind.endswith("y"):
+        return f"{kind[:-1]}ies"
     return f"{kind}es" if kind.endswith("s") else f"{kind}s"
 
 

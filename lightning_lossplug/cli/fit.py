@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
 from argparse import ArgumentError
@@ -79,6 +80,8 @@ def import_named(arguments: list[str]) -> None:
         if file.is_file():
             text += " " + file.read_text(encoding="utf-8", errors="replace")
     words = set(re.findall(r"\w+", text))
+    if any(word.startswith("lossplug_ddp") for word in words):
+        importlib.import_module("lightning_lossplug.callbacks.compressed_strategy")  # its strategies get their names
     for entry in registry:
         if entry.kind in PLUGGABLE and words & {entry.name, *entry.aliases}:
             entry.load()

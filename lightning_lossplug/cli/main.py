@@ -5,6 +5,7 @@ Every subcommand is a module with ``run(arguments)``, imported only when it is a
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,7 @@ COMMANDS = {
 OPTIONS = ("--help", "--version", "--debug")
 
 OK, MISTAKE, INTERRUPTED = 0, 2, 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # what a person mends, and no bug of ours
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes ``sys.argv``.
 
     Returns:
-        0; 2 for a mistake in arguments, files or settings; 130 when interrupted.
+        0; 2 for a mistake in arguments, files or settings, or a full disk; 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = given[: given.index("--")] if "--" in given else given  # behind it stands somebody else's command
@@ -60,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of `lossplug list | head` is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if debug or error.errno not in DISK:
+            raise
+        print(f"lossplug: error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return MISTAKE
     except SystemExit as stop:  # --help of a subcommand
         return stop.code if isinstance(stop.code, int) else OK
     return OK

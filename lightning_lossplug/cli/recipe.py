@@ -29,6 +29,17 @@ TRUSTED = ("lightning_lossplug", "lightning.pytorch.callbacks")
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's plain types, and every key once: the later of two would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) <= MAX_NODES else keys[0]
+        if twice is not None:
+            raise LossplugError(f"gives the key {twice[:80]!r} twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
 def recipe_path(name: str) -> Path:
     """Returns the file of a recipe: a path, or the name of a packaged one.
 
@@ -64,8 +75,11 @@ def read_recipe(path: Path, allowed: Sequence[str] = ()) -> list[dict[str, Any]]
     if size > MAX_BYTES:
         raise LossplugError(f"is no recipe: {size} bytes, {MAX_BYTES} at most", where=where)
     try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        config = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
+    except LossplugError as error:
+        raise LossplugError(error.what, where=where) from None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # PyYAML's own constructors raise most of these, for "!!timestamp x" say
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1})" if mark else ""
         raise LossplugError(f"is no valid YAML{at}", where=where) from None

@@ -274,6 +274,11 @@ class CachedTeacher(nn.Module):
         self.manifest = manifest
         self.k: int | None = manifest["k"]
         self.shards = [open_shard(self.folder, record, verify) for record in manifest["shards"]]
+        wanted = {"logits"} if self.k is None else {"top_ids", "log_probs", "rest"}
+        wanted |= {"ids", "lengths"} if manifest["tokens"] else {"ids"}
+        widths = {tuple(tensor.shape[1:] for name, tensor in sorted(shard.items())) for shard in self.shards}
+        if any(set(shard) != wanted for shard in self.shards) or len(widths) > 1:
+            raise LossplugError("its shards hold other tensors than it says", where=str(folder), remedy="Make it anew")
         ids = torch.cat([shard["ids"] for shard in self.shards])
         self._sorted, self._place = ids.sort(stable=True)
         self._first = [0, *accumulate(len(shard["ids"]) for shard in self.shards)]

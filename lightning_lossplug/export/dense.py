@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.surgery.plug import plugged_layers
+from lightning_lossplug.untrusted import sync
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -43,12 +45,25 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a state dict as one safetensors file.
+    """Writes a state dict as one safetensors file, whole or not at all.
 
     Args:
         state: Tensors on the CPU that share no memory (:func:`dense_state`).
         path: The file.
         metadata: Text pairs of the header; ``format`` is ``pt``, which transformers asks for.
+
+    Raises:
+        LossplugError: It can't be written; what was there stays.
     """
     safetensors = require("safetensors.torch", "lightning", "an export")
-    safetensors.save_file(state, path, metadata={"format": "pt", **(metadata or {})})
+    part = path.with_name(f".{path.name}.part")
+    try:
+        safetensors.save_file(state, part, metadata={"format": "pt", **(metadata or {})})
+        sync(part)
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the package doesn't export it
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+            raise LossplugError(f"can't be written: {reason}", where=str(path)) from None
+        raise

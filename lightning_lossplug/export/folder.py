@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.untrusted import read_json, record_files, seal, sync, unseal, verify_files
 
 MANIFEST = "lossplug.json"
 
@@ -72,10 +75,39 @@ def artifact_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(made)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
+        if isinstance(error, LossplugError) and error.where and str(stage) in error.where:
+            where = error.where.replace(str(stage), str(output))
+            raise LossplugError(error.what, where=where, remedy=error.remedy) from None
+        # libraries that write through safetensors hand its error on, which is no OSError
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
             raise LossplugError(f"the artifact can't be written: {reason}", where=str(output)) from error
         raise
+
+
+def write_manifest(stage: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest of a staged artifact, with size and SHA-256 of every other file under ``files``."""
+    text = json.dumps(seal({**manifest, "files": record_files(stage)}), indent=2) + "\n"
+    (stage / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_artifact_manifest(folder: Path, *, verify: bool = True) -> dict[str, Any]:
+    """Returns the manifest of an artifact.
+
+    Args:
+        folder: The artifact.
+        verify: Compare size and checksum of every file that the manifest lists, which reads them once.
+
+    Raises:
+        FileNotFoundError: There is none.
+        LossplugError: It is damaged, or a file is missing, truncated or changed.
+    """
+    manifest = read_json(folder / MANIFEST)
+    remedy = "Export or download it again"
+    manifest = unseal(manifest, folder / MANIFEST, remedy)
+    if verify:
+        verify_files(folder, manifest.get("files"), remedy)
+    return manifest
 
 
 def _take_place(stage: Path, output: Path) -> None:
@@ -89,7 +121,7 @@ def _take_place(stage: Path, output: Path) -> None:
         if old is not None:
             os.rename(old, output)
         raise
-    _sync(output.parent)
+    sync(output.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -97,15 +129,7 @@ def _take_place(stage: Path, output: Path) -> None:
 def _flush(folder: Path) -> None:
     for path in (*sorted(folder.rglob("*")), folder):
         os.chmod(path, 0o755 if path.is_dir() else 0o644)  # staging files are private, an artifact isn't
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 def _remove_empty(folders: list[Path]) -> None:

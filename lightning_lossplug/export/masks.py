@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError, require
+from lightning_lossplug.untrusted import digest_tensors, parse_json, read_safetensors, reading, seal, shape_of, unseal
 
 MASKS = "masks.safetensors"
 _BITS = tuple(1 << place for place in range(8))
@@ -50,11 +51,12 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def write_masks(masks: dict[str, Tensor], path: Path) -> None:
-    """Writes masks by the names of their weights; their shapes are in the header, as JSON under ``shapes``."""
+    """Writes masks by the names of their weights; shapes (as JSON) and checksums are in the header."""
     safetensors = require("safetensors.torch", "lightning", "a mask file")
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     packed = {name: pack_mask(mask) for name, mask in masks.items()}
-    safetensors.save_file(packed, path, metadata={"format": "packed_bits", "shapes": json.dumps(shapes)})
+    header = seal({"shapes": json.dumps(shapes), "tensors": digest_tensors(packed)})
+    safetensors.save_file(packed, path, metadata={"format": "packed_bits", **header})
 
 
 def read_masks(path: str | Path) -> dict[str, Tensor]:
@@ -63,16 +65,16 @@ def read_masks(path: str | Path) -> dict[str, Tensor]:
     Raises:
         LossplugError: There is none, or it can't be read.
     """
-    safetensors = require("safetensors", "lightning", "a mask file")
     path = Path(path)
     path = path / MASKS if path.is_dir() else path
     if not path.is_file():
         raise LossplugError("there is no mask file", where=str(path), remedy="Export with --masks")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            shapes = json.loads((file.metadata() or {})["shapes"])
-            return {name: unpack_mask(file.get_tensor(name), tuple(shape)) for name, shape in shapes.items()}
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, LossplugError):
-            raise
-        raise LossplugError(f"the mask file can't be read ({error})", where=str(path)) from None
+    packed, header = read_safetensors(path, "a mask file")
+    unseal({key: value for key, value in header.items() if key != "format"}, path)
+    with reading(path, "the mask file"):
+        if header["tensors"] != digest_tensors(packed):
+            raise LossplugError("is damaged: its masks have another checksum than written", where=str(path))
+        shapes = parse_json(header["shapes"], path)
+        if set(shapes) != set(packed):
+            raise LossplugError("the shapes in its header are those of other tensors", where=str(path))
+        return {name: unpack_mask(packed[name], shape_of(shape, path)) for name, shape in shapes.items()}

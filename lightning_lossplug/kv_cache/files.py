@@ -12,6 +12,15 @@ import torch.distributed as dist
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.kv_cache.plan import KVFactors, layer_tensors, layers_from_tensors
 from lightning_lossplug.kv_cache.settings import KVShrinkSettings
+from lightning_lossplug.untrusted import (
+    digest_tensors,
+    read_json,
+    read_safetensors,
+    reading,
+    replace_file,
+    seal,
+    unseal,
+)
 
 TENSORS, SETTINGS = "kv_factors.safetensors", "kv_factors.json"
 FORMAT = 1
@@ -37,8 +46,11 @@ def save_kv_factors(factors: KVFactors, folder: str | Path) -> Path:
     plain = _plain(factors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.save_file(layer_tensors(factors), folder / TENSORS, metadata={"format": "pt"})
-        (folder / SETTINGS).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        tensors = layer_tensors(factors)
+        plain = seal({**plain, "tensors": digest_tensors(tensors)})
+        data = safetensors.save(tensors, metadata={"format": "pt"})
+        replace_file(folder / TENSORS, data)
+        replace_file(folder / SETTINGS, (json.dumps(plain, indent=2) + "\n").encode())
     except OSError as error:
         raise LossplugError(f"can't be written: {error.strerror or error}", where=str(folder)) from None
     return folder
@@ -48,22 +60,26 @@ def load_kv_factors(folder: str | Path) -> KVFactors:
     """Reads what :func:`save_kv_factors` wrote.
 
     Raises:
-        LossplugError: The files are not there or damaged.
+        LossplugError: The files are not there, damaged, or not of the same writing.
     """
-    safetensors = require("safetensors.torch", "lightning", "loading KV factors")
-    folder = Path(folder)
+    folder, remedy = Path(folder), "lossplug shrink-kv makes it"
     try:
-        plain = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        tensors = safetensors.load_file(folder / TENSORS)
-    except FileNotFoundError as error:
+        plain = read_json(folder / SETTINGS)
+    except FileNotFoundError:
+        raise LossplugError(f"there is no {SETTINGS}", where=str(folder), remedy=remedy) from None
+    if not (folder / TENSORS).is_file():
+        raise LossplugError(f"there is no {TENSORS}", where=str(folder), remedy=remedy)
+    tensors, _ = read_safetensors(folder / TENSORS, "loading KV factors", remedy)
+    if plain.get("format") != FORMAT:
+        what = f"the KV factors have format {str(plain.get('format'))[:40]}, known is {FORMAT}"
+        raise LossplugError(what, where=str(folder))
+    plain = unseal(plain, folder / SETTINGS, remedy)
+    if plain.pop("tensors", None) != digest_tensors(tensors):
         raise LossplugError(
-            f"there is no {Path(error.filename or TENSORS).name}",
-            where=str(folder),
-            remedy="lossplug shrink-kv makes it",
-        ) from None
-    except Exception as error:  # safetensors has an error class of its own
-        raise LossplugError(f"can't be read: {error}", where=str(folder)) from None
-    return _rebuild(plain, tensors, str(folder))
+            "holds other factors than its settings were written for", where=str(folder / TENSORS), remedy=remedy
+        )
+    with reading(folder / SETTINGS, "the KV factors", remedy):
+        return _rebuild(plain, tensors, str(folder))
 
 
 def factors_to_state(factors: KVFactors) -> dict[str, Any]:
@@ -96,7 +112,5 @@ def _plain(factors: KVFactors) -> dict[str, Any]:
 
 
 def _rebuild(plain: dict[str, Any], tensors: dict[str, Any], where: str) -> KVFactors:
-    if plain.get("format") != FORMAT:
-        raise LossplugError(f"the KV factors have format {plain.get('format')!r}, known is {FORMAT}", where=where)
     layers = layers_from_tensors(tensors, plain["layers"])
     return KVFactors(layers, KVShrinkSettings(**plain["settings"]), plain["fingerprint"], plain["tokens"])

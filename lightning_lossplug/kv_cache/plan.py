@@ -333,7 +333,11 @@ def layers_from_tensors(tensors: Mapping[str, Tensor], errors: Mapping[str, Any]
             encode, decode = tensors[f"{index}.{name}.encode"], tensors[f"{index}.{name}.decode"]
         except KeyError as error:
             raise LossplugError(f"the tensor {error} is missing", where="KV factors") from None
-        return Factors(encode, decode, tensors.get(f"{index}.{name}.mean"))
+        mean = tensors.get(f"{index}.{name}.mean")
+        shapes = encode.ndim == 2 and decode.shape == encode.shape[::-1] and encode.shape[1] <= encode.shape[0]
+        if not shapes or (mean is not None and mean.shape != encode.shape[:1]):
+            raise LossplugError(f"the factors of layer {index} don't fit each other", where="KV factors")
+        return Factors(encode, decode, mean)
 
     return {
         int(index): LayerFactors(branch(index, "k"), branch(index, "v"), entry["k_error"], entry["v_error"])

@@ -37,7 +37,8 @@ def test_json_keeps_the_names_of_the_cards(cli):
 @pytest.mark.parametrize(
     ("what", "kind"),
     [("loss", "loss"), ("losses", "loss"), ("recipes", "recipe"), ("schedules", "schedule"), ("callbacks", "callback")]
-    + [("models", "model"), ("data", "data"), ("metrics", "metric"), ("configs", "config")],
+    + [("models", "model"), ("data", "data"), ("metrics", "metric"), ("configs", "config")]
+    + [("strategies", "strategy"), ("plugins", "plugin")],
 )
 def test_kinds_singular_and_plural(cli, what, kind):
     records = json.loads(cli("list", what, "--json").out)

@@ -161,3 +161,13 @@ def test_messages_at_every_step_without_compression_are_plain_ddp(ranks):
     found, plain = ranks[0]["local"]["every step"]["net"], ranks[0]["local"]["plain"]["net"]
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_strategy_is_the_callback(ranks):
+    for found in ranks:
+        strategies = found["strategy"]
+        for form in ("strategy", "resumed"):
+            assert same(strategies[form]["net"], strategies["callback"]["net"]), form
+            assert strategies[form]["step"] == strategies["callback"]["step"]
+        assert strategies["name"]["logged"]["CompressedGradients/skipped_steps"] == 0
+    assert same(ranks[0]["strategy"]["name"]["net"], ranks[1]["strategy"]["name"]["net"])

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lossplug.callbacks import CompressedGradients, LocalUpdates
+from lightning_lossplug.callbacks import CompressedDDPStrategy, CompressedGradients, LocalUpdates
 from lightning_lossplug.communication import GradientExchange, compression_hook, create, create_rule
 
 SHAPES = {"a": (6, 5), "b": (40,), "c": (3,)}  # the last is below min_numel
@@ -125,13 +125,13 @@ class Net(pl.LightningModule):
         return loader
 
 
-def fit(devices, epochs, *callbacks, ckpt=None, save=None):
+def fit(devices, epochs, *callbacks, ckpt=None, save=None, strategy=None):
     module = Net()
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=strategy or DDPStrategy(process_group_backend="gloo"),
         use_distributed_sampler=False,
         callbacks=list(callbacks),
         logger=False,
@@ -144,7 +144,7 @@ def fit(devices, epochs, *callbacks, ckpt=None, save=None):
     if save:
         trainer.save_checkpoint(save)
     found = {"net": {name: value.clone() for name, value in module.net.state_dict().items()}}
-    for callback in callbacks[:1]:
+    for callback in callbacks[:1] or [c for c in trainer.callbacks if isinstance(c, CompressedGradients)]:
         states = {name: {k: v.clone() for k, v in state.items()} for name, state in callback.exchange.states.items()}
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         found |= {"states": states, "step": callback.exchange.step, "logged": logged}
@@ -183,6 +183,18 @@ def local_rounds(folder):
     return found
 
 
+def as_strategies(folder):
+    """By name with the defaults, with options, and from a checkpoint of the callback."""
+    options = {"rule": "ef14", "ratio": 0.05, "min_numel": 32}
+    path = folder / "callback.ckpt"
+    found = {"callback": fit(2, 2, CompressedGradients(**options))}
+    found["strategy"] = fit(2, 2, strategy=CompressedDDPStrategy(**options))
+    fit(2, 1, CompressedGradients(**options), save=path)
+    found["resumed"] = fit(2, 2, strategy=CompressedDDPStrategy(**options), ckpt=path)
+    found["name"] = fit(2, 1, strategy="lossplug_ddp_ef21")
+    return found
+
+
 TRAINED = {
     "topk": {"ratio": 0.05},
     "randk": {"ratio": 0.05, "rule": "econtrol"},
@@ -206,6 +218,7 @@ def work(rank, folder):
         fit(2, 1, compress(**options), save=path)
         found[name] = (straight, fit(2, 2, compress(**options), ckpt=path))
     found["local"] = local_rounds(folder)
+    found["strategy"] = as_strategies(folder)
     dist.destroy_process_group()
     if rank == 0:
         join("alone", 1)

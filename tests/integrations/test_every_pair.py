@@ -5,50 +5,14 @@ from itertools import combinations
 import pytest
 import torch
 from callback_runs import Plain, assert_equal, data, make_trainer, state_of
+from callback_table import CALLBACKS, LANGUAGE
 from tiny_models import LLAMA, Wrapped
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_lossplug import LossplugError
-from lightning_lossplug.callbacks import (
-    QAT,
-    SAM,
-    ActivationDensity,
-    Distillation,
-    DistillationReport,
-    ExactResume,
-    GradientAdaptiveQAT,
-    KVChannelShrink,
-    NMSparsity,
-    OnlineDistillation,
-    SelfDistillation,
-    SparsityHealth,
-    SwapLoss,
-)
 from lightning_lossplug.registry import registry
 
-
-def teacher():
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
-
-
-CALLBACKS = {
-    "SwapLoss": lambda: SwapLoss("focal"),
-    "NMSparsity": lambda: NMSparsity(2, 4, "mdgf_linear"),
-    "SparsityHealth": lambda: SparsityHealth(plot=False),
-    "ActivationDensity": lambda: ActivationDensity(),
-    "QAT": lambda: QAT(4, 8),
-    "GradientAdaptiveQAT": lambda: GradientAdaptiveQAT(4, 8),
-    "OnlineDistillation": lambda: OnlineDistillation(teacher(), "bdkd"),
-    "Distillation": lambda: Distillation(teacher()),
-    "SelfDistillation": lambda: SelfDistillation(),
-    "DistillationReport": lambda: DistillationReport(on="train", plot=False),
-    "SAM": lambda: SAM(),
-    "ExactResume": lambda: ExactResume(),
-}
-LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
 # MoEBalancing needs a model with routers (tests/callbacks/test_moe_balancing.py), the other two need two processes
 # (tests/distributed/test_compressed_gradients.py).
 ELSEWHERE = {"MoEBalancing", "CompressedGradients", "LocalUpdates"}

@@ -1,6 +1,7 @@
 """Packed codes and integer models: exact round trips, equality with the fake-quantised model, corrupt files."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from lightning_lossplug import LossplugError
 from lightning_lossplug.callbacks import QAT, NMSparsity
-from lightning_lossplug.integrations.packed import load_packed, save_packed
+from lightning_lossplug.integrations.packed import KEY, load_packed, save_packed
 from lightning_lossplug.quantization import (
     IntegerLayer,
     QuantTransform,
@@ -24,6 +25,7 @@ from lightning_lossplug.quantization import (
     unpack_codes,
 )
 from lightning_lossplug.surgery import INPUT, fold, plug, plug_input, plugged_layers, transform_of
+from lightning_lossplug.untrusted import digest_tensors, seal
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +188,10 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path):
     tensors = load_file(path)
     tensors["net.0.weight.scale"][0] = -1
     save_file(tensors, path, header)
+    refused("another checksum")
+    about = json.loads(header[KEY]) | {"tensors": digest_tensors(tensors)}
+    about.pop("sha256")
+    save_file(tensors, path, {KEY: json.dumps(seal(about))})
     refused("a scale is not a number above 0")
     transform_of(module.net[0], "quantization", INPUT).quantizer.s.data.fill_(0)
     with pytest.raises(LossplugError, match="1 of 1 values of s are zero, negative"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import calibration
 import common
+import compressed_gradients
 import distillation_smollm2
 import distillation_vision
 import gaqat_domains
@@ -273,3 +274,17 @@ def test_gaqat_domains(root, output):
     assert results["GAQAT"]["frozen"] == pytest.approx(0.2, abs=0.02)
     assert results["LSQ+SAGM"]["frozen"] == 0
     assert "| GAQAT |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_compressed_gradients(root, output):
+    few = ["--methods", "uncompressed", "Top-k, EF14", "--splits", "classes", "--lrs", "0.05", "0.1", "--limit", "400"]
+    command = ["--root", root, "--output", str(output), *TINY, *few]
+    compressed_gradients.main(command)
+    done = records(output)
+    assert len(done) == 2 * 2 + 2
+    shares = {r["result"]["share"] for r in done if r["run"]["options"] is not None}
+    assert 0 < min(shares) <= max(shares) < 1
+    assert "| Top-k, EF14 |" in output.with_suffix(".md").read_text()
+    compressed_gradients.main(command)
+    assert records(output) == done

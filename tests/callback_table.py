@@ -1,0 +1,42 @@
+"""One of every callback, as tests of all of them use it."""
+
+import torch
+from torch import nn
+
+from lightning_lossplug.callbacks import (
+    QAT,
+    SAM,
+    ActivationDensity,
+    Distillation,
+    DistillationReport,
+    ExactResume,
+    GradientAdaptiveQAT,
+    KVChannelShrink,
+    NMSparsity,
+    OnlineDistillation,
+    SelfDistillation,
+    SparsityHealth,
+    SwapLoss,
+)
+
+
+def teacher():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+
+
+CALLBACKS = {
+    "SwapLoss": lambda: SwapLoss("focal"),
+    "NMSparsity": lambda: NMSparsity(2, 4, "mdgf_linear"),
+    "SparsityHealth": lambda: SparsityHealth(plot=False),
+    "ActivationDensity": lambda: ActivationDensity(),
+    "QAT": lambda: QAT(4, 8),
+    "GradientAdaptiveQAT": lambda: GradientAdaptiveQAT(4, 8),
+    "OnlineDistillation": lambda: OnlineDistillation(teacher(), "bdkd"),
+    "Distillation": lambda: Distillation(teacher()),
+    "SelfDistillation": lambda: SelfDistillation(),
+    "DistillationReport": lambda: DistillationReport(on="train", plot=False),
+    "SAM": lambda: SAM(),
+    "ExactResume": lambda: ExactResume(),
+}
+LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
