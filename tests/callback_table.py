@@ -40,3 +40,13 @@ CALLBACKS = {
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
+WATCHED = {  # what a callback that only looks needs beside it
+    "SparsityHealth": lambda: NMSparsity(2, 4, "nm_srste"),
+    "DistillationReport": lambda: Distillation(teacher()),
+}
+
+
+def run_of(name):
+    """The callbacks of a run with one of ``CALLBACKS``."""
+    watched = [WATCHED[name]()] if name in WATCHED else []
+    return [*watched, CALLBACKS[name]()]
