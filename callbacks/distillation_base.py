@@ -40,7 +40,8 @@ def weight_of(value: Scheduled, where: str, name: str) -> AnySchedule:
     Raises:
         LossplugError: A number is negative.
     """
-    for number in value.values() if isinstance(value, dict) else [value]:
+    numbers: list[Any] = list(value.values()) if isinstance(value, dict) else [value]
+    for number in numbers:
         if isinstance(number, (int, float)):
             check_number(where, name, number, least=0)
     return schedule_of(value)
