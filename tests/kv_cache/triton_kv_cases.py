@@ -17,7 +17,8 @@ CASES = [
     ("llama", {**SMALL, "means": True}, torch.float32, 8, 20),
     ("llama", {**SMALL, "k_bits": 4, "v_bits": 2}, torch.float32, 1024, 90),  # several tiles of a page
     ("llama", {**SMALL, "k_bits": 8, "v_bits": 4, "means": True, "sinks": 0}, torch.float16, 16, 40),
-    ("llama", {**SMALL, "window": 19, "sinks": 4}, torch.float32, 8, 20),  # sinks are recent, too
+    # key codes in two pieces, and sinks that are recent, too
+    ("qwen3", {"k_ratio": 0.1, "v_ratio": 0.3, "window": 19, "sinks": 4}, torch.float32, 8, 20),
     ("phi", SMALL, torch.float32, 16, 24),  # channels that don't rotate
     ("cohere", {**SMALL, "means": True}, torch.float32, 16, 24),  # pairs side by side
 ]
@@ -26,7 +27,7 @@ CASES = [
 @torch.no_grad()
 def main() -> int:
     warnings.simplefilter("error")
-    kernels.CHUNK = 16  # key codes in more than one piece
+    kernels.CHUNK = 16
     compared = 0
     for family, settings, dtype, page, length in CASES:
         pages.PAGE = page

@@ -2,17 +2,14 @@
 
 Test windows (as in ``kv_smollm2.py``, whose calibration is used) are decoded as one batch: a prompt at once, then token
 by token through a real cache. Bytes are counted at the end, everything a cache holds, relative to ``DynamicCache`` in
-the same dtype. Presses of kvpress drop tokens of the prompt, as many as bring their bytes down to those of the codes of
-a fifth; what is decoded later they keep. Rows of packages that aren't there are left out, and said so. The stock
-quantised cache needs ``optimum-quanto`` (with ``ninja`` and a compiler), presses need kvpress:
+the same dtype. The stock quantised cache needs ``optimum-quanto`` (with ``ninja`` and a compiler); its rows are left
+out, and said so, where that isn't there:
 
-    pip install --no-deps --target DIR optimum-quanto ninja kvpress datasets peft fire cachetools pandas requests \
-        pyarrow "dill<0.4.2" xxhash "multiprocess<0.70.20" termcolor six httpx
-    PYTHONPATH=.:DIR python tests/replication/kv_caches.py --output kv_caches.json --moments kv_smollm2.json....pt
+    pip install --no-deps --target DIR optimum-quanto ninja
+    PATH=DIR/bin:$PATH PYTHONPATH=.:DIR python tests/replication/kv_caches.py --output kv_caches.json --moments M.pt
 """
 
 import argparse
-import contextlib
 import json
 import math
 import time
@@ -35,10 +32,6 @@ ROWS = {
     "KIVI, 2 bits": ("kivi", {"bits": 2, "residual": 32}),
     "QuantizedCache, 4 bits": ("quantized", {"nbits": 4, "residual_length": 32}),
     "QuantizedCache, 2 bits": ("quantized", {"nbits": 2, "residual_length": 32}),
-    "kvpress, Knorm": ("press", "KnormPress"),
-    "kvpress, SnapKV": ("press", "SnapKVPress"),
-    "kvpress, ExpectedAttention": ("press", "ExpectedAttentionPress"),
-    "kvpress, StreamingLLM": ("press", "StreamingLLMPress"),
 }
 
 
@@ -67,28 +60,10 @@ def nbytes(cache):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
 
-@contextlib.contextmanager
-def pressed(model, press):
-    """kvpress reads a position that transformers no longer hands to attention blocks."""
-
-    def position(module, args, kwargs):
-        return args, {**kwargs, "cache_position": torch.arange(kwargs["hidden_states"].shape[1])}
-
-    blocks = [layer.self_attn for layer in model.model.layers]
-    handles = [block.register_forward_pre_hook(position, with_kwargs=True) for block in blocks]
-    try:
-        with press(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
-def decode(model, cache, ids, prefill, during=contextlib.nullcontext):
+def decode(model, cache, ids, prefill):
     """Perplexity of the tokens from ``prefill`` on, and tokens per second of decoding."""
-    with during():
-        logits = [model(input_ids=ids[:, :prefill], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
+    logits = [model(input_ids=ids[:, :prefill], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
     start = time.perf_counter()
     for t in range(prefill, ids.shape[1] - 1):
         place = torch.full_like(ids[:, :1], t)
@@ -99,9 +74,8 @@ def decode(model, cache, ids, prefill, during=contextlib.nullcontext):
     return math.exp(loss), len(ids) * (len(logits) - 1) / seconds
 
 
-def row(kind, settings, model, options, ids, done):
+def row(kind, settings, model, options, ids):
     """What is measured of one cache."""
-    during = contextlib.nullcontext
     if kind == "codes":
         wanted = KVShrinkSettings(**settings)
         source = (options.model, options.tokenizer, options.blocks, options.length, False, options.moments)
@@ -112,14 +86,7 @@ def row(kind, settings, model, options, ids, done):
         cache = transformers.QuantizedCache("quanto", model.config, **settings)
     else:
         cache = transformers.DynamicCache(config=model.config)
-    if kind == "press":
-        import kvpress
-
-        length = ids.shape[1] - 1
-        kept = done[CODES]["share"] * length - (length - options.prefill)
-        press = getattr(kvpress, settings)(compression_ratio=1 - kept / options.prefill)
-        during = lambda: pressed(model, press)  # noqa: E731
-    perplexity, speed = decode(model, cache, ids, options.prefill, during)
+    perplexity, speed = decode(model, cache, ids, options.prefill)
     return {"perplexity": perplexity, "tokens_per_second": speed, "bytes": nbytes(cache)}
 
 
@@ -164,7 +131,7 @@ def main(argv=None):
         if name in done:
             continue
         try:
-            found = row(*ROWS[name], low, options, ids, done)
+            found = row(*ROWS[name], low, options, ids)
         except (ImportError, OSError, RuntimeError) as error:
             print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue
