@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.compressed_gradients import CompressedGradients
     from lightning_lossplug.callbacks.compressed_strategy import CompressedDDPStrategy
     from lightning_lossplug.callbacks.distillation import Distillation
+    from lightning_lossplug.callbacks.distillation_report import DistillationReport, read_report
     from lightning_lossplug.callbacks.exact_resume import ExactResume
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.local_updates import LocalUpdates
@@ -39,6 +40,7 @@ __all__ = [
     "CompressedDDPStrategy",
     "CompressedGradients",
     "Distillation",
+    "DistillationReport",
     "ExactResume",
     "GradientAdaptiveQAT",
     "KVChannelShrink",
@@ -56,6 +58,7 @@ __all__ = [
     "load_plugged",
     "read_checkpoint",
     "read_health",
+    "read_report",
 ]
 
 _HOME = {
@@ -65,6 +68,7 @@ _HOME = {
     "CompressedDDPStrategy": "compressed_strategy",
     "CompressedGradients": "compressed_gradients",
     "Distillation": "distillation",
+    "DistillationReport": "distillation_report",
     "ExactResume": "exact_resume",
     "KVChannelShrink": "kv_channel_shrink",
     "LocalUpdates": "local_updates",
@@ -82,6 +86,7 @@ _HOME = {
     "load_plugged": "checkpoint",
     "read_checkpoint": "checkpoint",
     "read_health": "sparsity_health",
+    "read_report": "distillation_report",
 }
 
 for _name, _family in {
@@ -99,6 +104,7 @@ for _name, _family in {
     "GradientAdaptiveQAT": "quantization",
     "OnlineDistillation": "distillation",
     "Distillation": "distillation",
+    "DistillationReport": "distillation",
     "SelfDistillation": "distillation",
 }.items():
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)

@@ -13,7 +13,7 @@ from lightning_lossplug.callbacks.distillation_base import (
     Pick,
     Scheduled,
     named_teacher,
-    schedule_of,
+    weight_of,
 )
 from lightning_lossplug.callbacks.distillation_reading import classifier_path, facts, tensor_of
 from lightning_lossplug.callbacks.distillation_steps import Normalize, StepwiseDistillation
@@ -23,6 +23,7 @@ from lightning_lossplug.distillation import (
     CachedTeacher,
     DistillationLoss,
     FeatureLoss,
+    LearnedLayers,
     OnlineLoss,
     StoredTop,
     TopKLogits,
@@ -30,11 +31,11 @@ from lightning_lossplug.distillation import (
 )
 from lightning_lossplug.distillation.dhkd import auxiliary_head
 from lightning_lossplug.distillation.large_vocabulary import OutputHead, fused_loss, fused_options, output_head
-from lightning_lossplug.distillation.layer_pairs import pairs_by_depth
+from lightning_lossplug.distillation.layer_pairs import Layers, Pairing
 from lightning_lossplug.distillation.networks import fingerprint, freeze, to_eval
 from lightning_lossplug.distillation.on_policy import OnPolicy
 from lightning_lossplug.distillation.sample_ids import content_ids, main_input
-from lightning_lossplug.distillation.signals import align, check_teacher_logits, logits_of, targets_of
+from lightning_lossplug.distillation.signals import align, check_not_nan, check_teacher_logits, logits_of, targets_of
 from lightning_lossplug.distillation.taps import INPUT, Call, Tap, all_armed
 from lightning_lossplug.distillation.two_gradients import AlignScope
 from lightning_lossplug.errors import LossplugError
@@ -62,7 +63,9 @@ class Distillation(StepwiseDistillation):
         feature_parameters: Its parameters, if given by name.
         feature_weight: Factor of the loss of features; benchmarks: ``fitnet`` 100, ``at`` 1000, ``rkd`` 1.
         layers: Path in the student's network -> path in the teacher, ``input:PATH`` for what a layer gets; or a number:
-            so many blocks at equal depths, for networks with one stack of blocks, as transformers are.
+            so many blocks at equal depths, for networks with one stack of blocks, as transformers are; or ``learned``:
+            every block of the student learns which of the teacher's to follow, with ``feature_loss``
+            ``learned_layers`` or around the given one; or a path -> several paths in the teacher to choose from.
         student: Path of the sub-module that returns the logits; None: the only child with parameters.
         inputs_from: Path of the sub-module whose arguments the teacher gets; None: ``student``.
         output: Where the logits are in what the networks return: key, position or function; None finds them.
@@ -103,7 +106,7 @@ class Distillation(StepwiseDistillation):
         feature_loss: str | FeatureLoss | None = None,
         feature_parameters: dict[str, Any] | None = None,
         feature_weight: Scheduled = 1.0,
-        layers: dict[str, str] | int | None = None,
+        layers: Layers = None,
         student: str | None = None,
         inputs_from: str | None = None,
         output: Pick = None,
@@ -140,13 +143,19 @@ class Distillation(StepwiseDistillation):
                     f"{feature_loss!r} is no loss of features", where=self.where, remedy="Give it as loss"
                 )
             feature_loss = made
-        self.feature_loss, self.feature_weight = feature_loss, schedule_of(feature_weight)
-        self.depths = layers if isinstance(layers, int) else None
-        self.layers = dict(layers) if isinstance(layers, dict) else {}
+        self.pairing = Pairing(layers, self.where)
+        if self.pairing.learned and feature_loss is not None and not isinstance(feature_loss, LearnedLayers):
+            feature_loss = LearnedLayers(feature_loss)
+        self.feature_loss = feature_loss
+        self.feature_weight = weight_of(feature_weight, self.where, "feature_weight")
         if self.loss is None and feature_loss is None:
             raise LossplugError("neither loss nor feature_loss is given", where=self.where)
         if (feature_loss is not None) != bool(layers):
             raise LossplugError("feature_loss and layers go together", where=self.where)
+        if isinstance(feature_loss, LearnedLayers) and not self.pairing.learned:
+            raise LossplugError(
+                "learned_layers has nothing to choose from", where=self.where, remedy="Say layers='learned'"
+            )
         if self.temperature is not None and not hasattr(self.loss, "temperature"):
             raise LossplugError(f"{loss!r} has no temperature", where=self.where)
         self.fused = fused
@@ -208,10 +217,10 @@ class Distillation(StepwiseDistillation):
 
     def feature_taps(self, root: nn.Module) -> list[Tap]:
         """Taps on the student's features and, for a second head, on the input of its classifier."""
-        if self.depths is not None:
+        if not self.pairing.named and self.feature_loss is not None:
             assert self.teacher is not None
-            self.layers = pairs_by_depth(root, self.teacher, self.depths)
-        self._student_features = [Tap(root, path, self.where) for path in self.layers]
+            self.pairing.find(root, self.teacher)
+        self._student_features = [Tap(root, path, self.where) for path in self.pairing.student]
         found = list(self._student_features)
         if isinstance(self.loss, DHKD):
             self._head_tap = Tap(root, INPUT + classifier_path(root, self.where), self.where)
@@ -237,7 +246,7 @@ class Distillation(StepwiseDistillation):
         self._had_grad = freeze(self.teacher)
         self._trainer, self._device = trainer, pl_module.device
         self._check_fingerprint()
-        taps = [Tap(self.teacher, path, self.where, with_grad_only=False) for path in self.layers.values()]
+        taps = [Tap(self.teacher, path, self.where, with_grad_only=False) for path in self.pairing.teacher]
         self._teacher_features = taps
         if self.feature_loss is not None:
             self.feature_loss.to(pl_module.device)
@@ -289,8 +298,10 @@ class Distillation(StepwiseDistillation):
         if self.feature_loss is not None:
             ours = [tensor_of(tap) for tap in self._student_features]
             theirs = [tensor_of(tap) for tap in self._teacher_features]
-            for tap in self._teacher_features:
+            for tap, feature in zip(self._teacher_features, theirs, strict=True):
                 tap.forget()
+                if self._first:
+                    check_not_nan(feature, f"the features {tap.path!r} of the teacher {type(self.teacher).__name__}")
             self._build("features", lambda: self._build_features(ours, theirs))
             weight = self.value(self.feature_weight, trainer)
             options = {}
@@ -299,6 +310,8 @@ class Distillation(StepwiseDistillation):
             value = self.feature_loss(ours, theirs, **options)
             parts.append(weight * value)
             self.logs |= {"features": value.detach(), "feature_weight": torch.tensor(weight)}
+            if isinstance(self.feature_loss, LearnedLayers):
+                self.logs |= self.feature_loss.logs(self.pairing.student)
         self._first = False
         return torch.stack(parts).sum()
 
@@ -314,12 +327,15 @@ class Distillation(StepwiseDistillation):
         assert self._head_tap is not None
         hidden, target = tensor_of(self._head_tap), targets_of(batch, call.kwargs, self.targets)
         attention = call.kwargs.get("attention_mask")
+        if self._first:
+            check_not_nan(answer.last_hidden_state, f"the hidden states of the teacher {type(self.teacher).__name__}")
+            check_not_nan(self._heads[1].layer.weight, f"the output embeddings of {type(self.teacher).__name__}")
         found = align(hidden, [answer.last_hidden_state], target, attention, self._shifts, True)
         mask = found.mask
         if found.target is not None and found.target.shape == found.student.shape[:-1]:
             valid = found.target != -100
             mask = valid if mask is None else mask & valid
-        self._count(found.student, mask, None)
+        self.count(found.student, mask, None)
         return fused_loss(self.loss, found.student, found.teachers[0], *self._heads, mask)
 
     def _stored_loss(self, call: Call, answer: StoredTop, batch: Any) -> Tensor:
@@ -338,7 +354,7 @@ class Distillation(StepwiseDistillation):
         target = found.target if found.tokens else None
         if target is not None and target.shape != found.student.shape[:-1]:
             target = None
-        self._count(found.student, found.mask, target)
+        self.count(found.student, found.mask, target)
         ids, log_probs, rest = found.teachers
         return self.loss(found.student, ids, log_probs, target, rest=rest, mask=found.mask)
 
@@ -352,6 +368,7 @@ class Distillation(StepwiseDistillation):
             check_teacher_logits(z_t, name, frozen=self._first and self._must_be_trained)
         classes_last = getattr(self.loss, "reduction", "") != "pixelmean"
         found = self.signals(call, [z_t], batch, classes_last)
+        self.tell("train", found)
         z_s, (z_t,) = found.student, found.teachers
         if isinstance(self.loss, DHKD):
             assert self._head_tap is not None
@@ -367,18 +384,8 @@ class Distillation(StepwiseDistillation):
         mask = found.mask
         if self.any_vocabulary and index is not None:
             mask = index != -100 if mask is None else mask & (index != -100)
-        self._count(z_s, mask, index)
+        self.count(z_s, mask, index)
         return self.loss(z_s, z_t, index, mask=mask)
-
-    def _count(self, logits: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
-        """Keeps how many rows the loss is a mean of."""
-        if self.normalize == "batch":
-            return
-        shape = logits.shape[:-1]
-        keep = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
-        if target is not None and target.shape == shape and not target.is_floating_point():
-            keep = keep & (target != getattr(self.loss, "ignore_index", -100))
-        self._rows = keep.sum()
 
     # --- what the losses train, made when the shapes are known ---
 
@@ -399,6 +406,8 @@ class Distillation(StepwiseDistillation):
         build = getattr(self.feature_loss, "build", None)
         if build is None:
             return None
+        if isinstance(self.feature_loss, LearnedLayers):
+            self.feature_loss.start(self.pairing.prior(self.feature_loss.spread))
         build(list(ours), list(theirs))
         return self.feature_loss
 
@@ -407,6 +416,21 @@ class Distillation(StepwiseDistillation):
         return auxiliary_head(self.loss.head_kind, feature.shape[-1], classes)
 
     # --- checkpoint and end ---
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints which layers were learned to teach which."""
+        if isinstance(self.feature_loss, LearnedLayers) and "features" in self.trained:
+            self.say("layers of the student <- of the teacher\n" + self.layer_table())
+
+    def layer_table(self) -> str:
+        """Returns which layers of the teacher the student's layers have learned to follow, with weights.
+
+        Raises:
+            LossplugError: Layers are not learned, or there was no step yet.
+        """
+        if not isinstance(self.feature_loss, LearnedLayers):
+            raise LossplugError("the layers are given, not learned", where=self.where, remedy="Say layers='learned'")
+        return self.feature_loss.table(self.pairing.student, self.pairing.teacher)
 
     def state_dict(self) -> dict[str, Any]:
         """Also which teacher it was."""

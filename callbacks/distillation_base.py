@@ -24,6 +24,7 @@ from lightning_lossplug.distillation.sample_ids import Identified
 from lightning_lossplug.distillation.signals import Signals, align, logits_of, predicts_next_token, targets_of
 from lightning_lossplug.distillation.taps import Call, Tap, all_armed, find_student
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import AnySchedule, Constant, Progress, Step, as_schedule
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
@@ -31,6 +32,18 @@ from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 TERM_ORDER = 50  # outside a swapped loss (100): the term is added to whatever the step's loss has become
 Scheduled = float | AnySchedule | dict[float, float]
 Pick = int | str | Callable[[Any], Any] | None
+
+
+def weight_of(value: Scheduled, where: str, name: str) -> AnySchedule:
+    """Returns a schedule of weights: of a number, of ``{fraction of the run: value}``, or itself.
+
+    Raises:
+        LossplugError: A number is negative.
+    """
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(number, (int, float)):
+            check_number(where, name, number, least=0)
+    return schedule_of(value)
 
 
 def schedule_of(value: Scheduled) -> AnySchedule:
@@ -85,9 +98,11 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
         super().__init__(lr_scale, optimizer, scheduler)
         self.student, self.inputs_from = student, inputs_from
         self.output, self.targets, self.shift = output, targets, shift
-        self.weight, self.ce_weight = schedule_of(weight), schedule_of(ce_weight)
+        self.weight = weight_of(weight, self.where, "weight")
+        self.ce_weight = weight_of(ce_weight, self.where, "ce_weight")
         self.temperature = None if temperature is None else schedule_of(temperature)
         self.agreement = agreement
+        self.observers = {"train": [], "val": []}
         self.logs: dict[str, Tensor] = {}
         self._student_tap: Tap | None = None
         self._input_tap: Tap | None = None

@@ -39,6 +39,7 @@ class ExtrasCallback(Callback):
         self._saved: dict[str, Any] | None = None
         self._restored = False
         self._open = False  # gradients of an unfinished accumulation are held
+        self._again = False  # a step is computed a second time
 
     @abstractmethod
     def extras(self) -> nn.ModuleList:
@@ -114,9 +115,11 @@ class ExtrasCallback(Callback):
         buffers = [(b, b.clone()) for b in extras.buffers()]
         for p, _ in grads:
             p.grad = None
+        self._again = True
         try:
             yield
         finally:
+            self._again = False
             for p, grad in grads:
                 p.grad = grad
             with torch.no_grad():

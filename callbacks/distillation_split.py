@@ -134,13 +134,15 @@ class WindowMean:
     def __init__(self, where: str) -> None:
         self.where = where
         self.parameters: list[nn.Parameter] = []
+        self.extra = 0  # so many of them, the last, are not the module's
         self.plain: list[Tensor | None] = []
         self.weighted: list[Tensor | None] = []
         self.tokens: Tensor | None = None
 
-    def start(self, trainer: Trainer) -> None:
-        """Finds the parameters."""
-        self.parameters = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    def start(self, trainer: Trainer, extras: list[nn.Parameter]) -> None:
+        """Finds the parameters: the module's, and those beside it that the term reaches too."""
+        own = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        self.parameters, self.extra = [*own, *extras], len(extras)
         self.plain, self.weighted, self.tokens = [], [], None
 
     def take(self, term: Tensor, tokens: Tensor, trainer: Trainer) -> None:
@@ -153,8 +155,8 @@ class WindowMean:
         self.tokens = count if self.tokens is None else self.tokens + count
 
     @torch.no_grad()
-    def act(self) -> None:
-        """Puts the gradients right."""
+    def act(self, trainer: Trainer) -> None:
+        """Puts the gradients right; the module's are unscaled and averaged by now, those of the extras not yet."""
         if self.tokens is None:
             return
         plain, weighted, tokens = self.plain, self.weighted, self.tokens
@@ -163,9 +165,12 @@ class WindowMean:
         summed([*plain, *weighted])
         if processes > 1:
             dist.all_reduce(tokens)
-        for p, naive, exact in zip(self.parameters, plain, weighted, strict=True):
+        scale = scale_of(getattr(trainer.precision_plugin, "scaler", None)) or 1.0
+        own = len(self.parameters) - self.extra
+        for i, (p, naive, exact) in enumerate(zip(self.parameters, plain, weighted, strict=True)):
             if p.grad is not None and naive is not None and exact is not None:
-                p.grad.add_(exact / tokens.clamp(min=1).to(exact) - naive / processes)
+                right = exact / tokens.clamp(min=1).to(exact) - naive / processes
+                p.grad.add_(right, alpha=1.0 if i < own else scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of an unfinished window, of every process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -83,7 +84,7 @@ class StepwiseDistillation(DistillationCallback):
                 where=self.where,
                 remedy="Use normalize='batch', or accumulate_grad_batches=1",
             )
-        self._window.start(trainer)
+        self._window.start(trainer, [] if self.aux is None else self.aux.parameters)
         if self._split is not None:
             self._split.start(trainer, pl_module)
         if self._split_state is not None:
@@ -122,6 +123,16 @@ class StepwiseDistillation(DistillationCallback):
         dist.all_reduce(everywhere)
         return value * (self._rows.double() * dist.get_world_size() / everywhere.clamp(min=1)).to(value)
 
+    def count(self, logits: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
+        """Keeps how many rows the loss is a mean of."""
+        if self.normalize == "batch":
+            return
+        shape = logits.shape[:-1]
+        keep = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask.bool()
+        if target is not None and target.shape == shape and not target.is_floating_point():
+            keep = keep & (target != getattr(self.loss_module, "ignore_index", -100))
+        self._rows = keep.sum()
+
     def on_term(self, trainer: Trainer, term: Tensor) -> None:
         """Takes the distillation's own gradient, where it is asked for."""
         if self._split is not None:
@@ -135,7 +146,7 @@ class StepwiseDistillation(DistillationCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._split is not None:
             self._split.act(trainer)
-        self._window.act()
+        self._window.act(trainer)
 
     def after_step(self) -> None:
         """Gives the optimizer its settings back."""

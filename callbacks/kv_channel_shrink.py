@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ from lightning_lossplug.callbacks.sharded import refuse_sharding
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.attention import attention_blocks
 from lightning_lossplug.kv_cache.decode_mode import decode_mode
-from lightning_lossplug.kv_cache.files import factors_from_state, factors_to_state, save_kv_factors
+from lightning_lossplug.kv_cache.files import factors_from_state, factors_to_state, save_kv_factors, shared_factors
 from lightning_lossplug.kv_cache.fingerprint import fingerprint
 from lightning_lossplug.kv_cache.plan import KVFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
 from lightning_lossplug.kv_cache.settings import KVShrinkSettings
-from lightning_lossplug.kv_cache.shrink import record_moments
+from lightning_lossplug.kv_cache.shrink import record_moments, whole_texts
 from lightning_lossplug.losses.checks import check_choice
 
 
@@ -44,6 +45,8 @@ class KVChannelShrink(Callback):
         allocation: ``uniform`` (every layer the same share), ``spectrum`` (where channels remove the most error) or
             ``sensitivity`` (where they remove the most loss).
         k_weight: Importance of a relative error of keys over one of values, for ``spectrum``.
+        factors: ``cskv``, or orthogonal bases: ``eigen_attention`` or ``matryoshka_kv`` (:class:`KVShrinkSettings`).
+        error_budget: For ``eigen_attention``, instead of ratios: relative error of an attention block's output.
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
         k_metric: Where ``whitened`` counts the error of keys: ``plain``, or ``gradient``, in the loss.
         v_metric: The same of values: ``plain``, ``output`` (after the output projection) or ``gradient``.
@@ -54,7 +57,7 @@ class KVChannelShrink(Callback):
         v_bits: The same for values.
         window: Recent tokens kept exactly, the current one among them.
         sinks: First tokens of every row kept exactly.
-        steps: Steps of reconstruction training after ``init``.
+        steps: Steps of reconstruction training after ``init``; of end-to-end training for ``matryoshka_kv``.
         lr: Its learning rate.
         when: ``start``: passes over the first training batches before the first step. ``training``: the forward passes
             of the training itself, without any extra pass; early ones are of weights that have moved since. ``end``:
@@ -77,6 +80,8 @@ class KVChannelShrink(Callback):
         bytes_per_token: float | None = None,
         allocation: Literal["uniform", "spectrum", "sensitivity"] = "uniform",
         k_weight: float = 1.0,
+        factors: Literal["cskv", "eigen_attention", "matryoshka_kv"] = "cskv",
+        error_budget: float | None = None,
         init: Literal["whitened", "asvd", "svd"] = "whitened",
         k_metric: Literal["plain", "gradient"] = "plain",
         v_metric: Literal["plain", "output", "gradient"] = "output",
@@ -101,6 +106,8 @@ class KVChannelShrink(Callback):
             bytes_per_token=bytes_per_token,
             allocation=allocation,
             k_weight=k_weight,
+            factors=factors,
+            error_budget=error_budget,
             init=init,
             k_metric=k_metric,
             v_metric=v_metric,
@@ -120,6 +127,12 @@ class KVChannelShrink(Callback):
                 "when='training' records no gradients of keys and values",
                 where="KVChannelShrink",
                 remedy="Use when='end', or neither allocation='sensitivity' nor a metric of gradients",
+            )
+        if when == "training" and self.settings.looks_at_text:
+            raise LossplugError(
+                f"when='training' keeps no texts, which factors={factors!r} looks at",
+                where="KVChannelShrink",
+                remedy="Use when='end'",
             )
         if adapt and when != "start":
             raise LossplugError(
@@ -191,13 +204,14 @@ class KVChannelShrink(Callback):
         loader = trainer.train_dataloader
         with isolate_rng():  # the order of the training batches stays what it is
             batches = itertools.islice(iter(loader), self.calib_batches)  # type: ignore[arg-type]
-            ids = map(_token_ids, batches)
+            ids = list(map(_token_ids, batches))
             recorder = record_moments(pl_module, ids, self.settings.sinks, self.settings.needs_gradients)
-            self._fit(pl_module, recorder)
+            self._fit(pl_module, recorder, whole_texts(ids))
 
-    def _fit(self, pl_module: LightningModule, recorder: MomentRecorder) -> None:
+    def _fit(self, pl_module: LightningModule, recorder: MomentRecorder, texts: Sequence[Tensor] = ()) -> None:
         recorder.all_reduce()
-        self.factors = fit_factors(pl_module, recorder, self.settings)
+        # each process has texts of its own
+        self.factors = shared_factors(fit_factors(pl_module, recorder, self.settings, texts))
         summary = self.factors.summary(next(iter(pl_module.parameters())).element_size())
         rank_zero_info(
             f"KVChannelShrink: {summary['bytes_per_token']} bytes per old token instead of "

@@ -64,6 +64,8 @@ class NMSparsity(TechniqueCallback[NMTechnique]):
         LossplugError: Unknown recipe, a value out of range, or an option the recipe doesn't have.
     """
 
+    told = ("n", "m", "recipe")
+
     def __init__(
         self,
         n: int = 2,

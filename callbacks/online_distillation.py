@@ -12,15 +12,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lossplug.callbacks.distillation_base import DistillationCallback, Pick, Scheduled, named_teacher
+from lightning_lossplug.callbacks.distillation_base import Pick, Scheduled, named_teacher
+from lightning_lossplug.callbacks.distillation_steps import Normalize, StepwiseDistillation
 from lightning_lossplug.distillation import OnlineLoss, create
 from lightning_lossplug.distillation.networks import same_weights, share
 from lightning_lossplug.distillation.signals import Signals, check_teacher_logits, logits_of
 from lightning_lossplug.distillation.taps import Call
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.losses.checks import check_number
 
 
-class OnlineDistillation(DistillationCallback):
+class OnlineDistillation(StepwiseDistillation):
     """Trains one or more teachers beside the student, each learning from the other: BD-KD, DML, KDCL, SwitOKD.
 
     The module stays as it is. Each step the teachers see what the student's network saw; the student's loss gets the
@@ -51,6 +53,10 @@ class OnlineDistillation(DistillationCallback):
         lr_scale: The teachers' learning rate over the module's (its first group's).
         optimizer: Makes the teachers' optimizer from their parameters; None: one like the module's.
         scheduler: Makes a schedule for it, stepped after each of its steps; None: it follows the module's.
+        normalize: ``batch``: the distillation terms of all networks are means over the tokens of each batch of each
+            process, so that a window of accumulated batches is a mean of means; ``window``: over all tokens of the
+            window and all processes, exactly. That takes one more backward pass of them where batches are accumulated.
+            Task losses stay the means they are.
         agreement: Log, at each validation, how often student and teacher agree and how often the teacher is right; it
             costs a forward pass of the teacher. Logits have the classes last.
 
@@ -78,6 +84,7 @@ class OnlineDistillation(DistillationCallback):
         lr_scale: float = 1.0,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], Any] | None = None,
+        normalize: Normalize = "batch",
         agreement: bool = False,
     ) -> None:
         super().__init__(
@@ -104,10 +111,13 @@ class OnlineDistillation(DistillationCallback):
         given = [teacher] if isinstance(teacher, (nn.Module, str)) else list(teacher)
         if not given or (loss.single and len(given) > 1):
             raise LossplugError(f"{len(given)} teachers given, {type(loss).__name__} takes one", where=self.where)
-        self.loss, self.task_loss, self.teacher_ce_weight = loss, task_loss, teacher_ce_weight
+        self.loss, self.task_loss = loss, task_loss
+        self.teacher_ce_weight = check_number(self.where, "teacher_ce_weight", teacher_ce_weight, least=0)
         self.teachers = nn.ModuleList([named_teacher(t, teacher_kwargs, self.where) for t in given])
         if self.temperature is not None and not hasattr(loss, "temperature"):
             raise LossplugError(f"{type(loss).__name__} has no temperature", where=self.where)
+        self.set_steps(None, None, normalize, None, True)
+        self._distilled = torch.zeros(())  # the part of the term that is a mean over rows
         self._learning = False  # whether a micro-batch of this window let the teachers learn
         self._first = True
 
@@ -131,6 +141,7 @@ class OnlineDistillation(DistillationCallback):
                 "the teachers have no parameter to train", where=self.where, remedy="Use Distillation for frozen ones"
             )
         super().on_fit_start(trainer, pl_module)
+        self.start_steps(trainer, pl_module)
         self._first = True
         if trainer.global_step == 0 and any(same_weights(self.student_network, t) for t in self.teachers):
             rank_zero_warn(f"{self.where}: a teacher starts with the student's weights, so there is nothing to learn")
@@ -153,10 +164,15 @@ class OnlineDistillation(DistillationCallback):
                 check_teacher_logits(z.detach(), f"the teacher {type(teacher).__name__}", frozen=False)
             self._first = False
         found = self.signals(call, logits, batch, self._classes_last)
+        self.tell("train", found)
         index = found.target if self.loss.needs_target or found.tokens else None
+        self.count(found.student, found.mask, index)
         terms = self.loss(found.student, found.teachers, index, mask=found.mask)
         weight = self.value(self.weight, trainer)
-        total = weight * terms.student
+        parts = [self.normalized(part, trainer) for part in (terms.student, *terms.teachers)]
+        if self.normalize == "window":
+            self._distilled = weight * torch.stack(parts).sum()
+        total = weight * parts[0]
         gate: Any = 1.0
         if terms.learn is not None:
             gate = terms.learn.to(terms.student.dtype)
@@ -164,7 +180,7 @@ class OnlineDistillation(DistillationCallback):
         else:
             self._learning = True
         tasks = [self._task(o, z, found, batch) for o, z in zip(outputs, found.teachers, strict=True)]
-        for task, extra in zip(tasks, terms.teachers, strict=True):
+        for task, extra in zip(tasks, parts[1:], strict=True):
             total = total + gate * self.teacher_ce_weight * task + weight * extra
         self.logs = {
             "kd": terms.student.detach(),
@@ -173,6 +189,11 @@ class OnlineDistillation(DistillationCallback):
             **terms.logs,
         }
         return total
+
+    def on_term(self, trainer: Trainer, term: Tensor) -> None:
+        """Takes the gradients of the distillation alone, where they are asked for."""
+        super().on_term(trainer, self._distilled)
+        self._distilled = torch.zeros(())
 
     @property
     def _classes_last(self) -> bool:

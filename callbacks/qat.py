@@ -19,6 +19,8 @@ QATTechniqueT = TypeVar("QATTechniqueT", bound=QATTechnique[Any])
 class ScaleCallback(TechniqueCallback[QATTechniqueT]):
     """What every QAT callback does besides carrying its technique: it gets the scales into the optimizer."""
 
+    told = ("bits_w", "bits_a")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Converts the layers and, for a fit, makes optimizers that know the scales."""
         super().setup(trainer, pl_module, stage)

@@ -102,7 +102,7 @@ class SparsityHealth(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measures when a record is due: the gradients of the step are there and unscaled."""
         step = trainer.global_step + 1
-        every: int = self.every or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self._every(trainer)
         if not every or step % every:
             return
         rows = [row for technique in self._techniques for row in nm_health(technique, optimizer)]
@@ -115,6 +115,9 @@ class SparsityHealth(Callback):
                 csv.DictWriter(file, ("step", *COLUMNS)).writerows({"step": step, **row.as_dict()} for row in rows)
         self.records += 1
         self._watch(trainer, step, rows)
+
+    def _every(self, trainer: Trainer) -> int:
+        return self.every or trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def _watch(self, trainer: Trainer, step: int, rows: list[LayerHealth]) -> None:
         flips = [row.flip_rate for row in rows if row.flip_rate is not None]
@@ -141,7 +144,13 @@ class SparsityHealth(Callback):
         if self._place is None:
             return
         rows = read_health(self._place)
-        if self.plot and rows:
+        if not rows:
+            rank_zero_warn(
+                f"SparsityHealth: no record: the run ended after {trainer.global_step} steps, a record is taken every "
+                f"{self._every(trainer)}. Set every="
+            )
+            return
+        if self.plot:
             from lightning_lossplug.sparsity.health_plot import draw_health
 
             draw_health(rows, self._place / PICTURE)

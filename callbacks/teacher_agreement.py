@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torchmetrics import MeanMetric
 
 from lightning_lossplug.distillation.signals import Signals
 from lightning_lossplug.distillation.taps import Call, Tap
+from lightning_lossplug.distillation.teacher_cache import CachedTeacher
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.metrics import TeacherAgreement
+
+
+def labels_of(found: Signals) -> Tensor | None:
+    """Returns the class indices of the rows, where the targets are such."""
+    y = found.target
+    return None if y is None or y.is_floating_point() or y.shape != found.student.shape[:-1] else y
 
 
 class AgreementMeter:
@@ -28,9 +37,7 @@ class AgreementMeter:
 
     def update(self, found: Signals, ignore_index: int = -100) -> None:
         """Counts a batch of logits with classes last."""
-        y, mask = found.target, found.mask
-        if y is not None and (y.is_floating_point() or y.shape != found.student.shape[:-1]):
-            y = None
+        y, mask = labels_of(found), found.mask
         if y is not None and found.tokens:
             valid = torch.ne(y, ignore_index)
             mask = valid if mask is None else mask & valid
@@ -51,10 +58,17 @@ class AgreementMeter:
 
 
 class AgreementLog(Callback):
-    """Logs agreement with the teachers at each validation of a fit, when ``agreement`` is set."""
+    """Logs agreement with the teachers at each validation of a fit, when ``agreement`` is set.
+
+    ``observers`` are called with the logits of each batch, of ``train`` or ``val``; with one of ``val`` the teachers
+    are asked in validation too, once for all that want it.
+    """
 
     where: str
     agreement: bool
+    observers: dict[str, list[Callable[[Signals], None]]]
+    _again: bool
+    _reading = False
     _meter: AgreementMeter | None = None
     _student_tap: Tap | None
     _input_tap: Tap | None
@@ -82,20 +96,34 @@ class AgreementLog(Callback):
         for network in self.networks():
             was = network.training
             network.eval()
-            found.append(self.logits(network, network(*args, **kwargs)))
+            try:
+                answer = network(*args, **kwargs)
+            except LossplugError as error:
+                if not isinstance(network, CachedTeacher):
+                    raise
+                remedy = "Say DistillationReport(on='train'), or make a cache of the validation data too"
+                raise LossplugError(f"in validation: {error}", where=self.where, remedy=remedy) from None
+            found.append(self.logits(network, answer))
             network.train(was)
         return found
+
+    def tell(self, stage: str, found: Signals) -> None:
+        """Hands the logits of a batch to those who asked for them; those of a second pass are no news."""
+        if not self._again:
+            for observe in self.observers[stage]:
+                observe(found)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, where asked."""
         fitting = self._student_tap is not None and not trainer.sanity_checking
         self._meter = AgreementMeter(pl_module.device) if self.agreement and fitting else None
+        self._reading = fitting and (self.agreement or bool(self.observers["val"]))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Reads the student."""
-        if self._meter is not None:
+        if self._reading:
             for tap in (self._student_tap, self._input_tap):
                 if tap is not None:
                     tap.arm(with_grad_only=False)
@@ -110,13 +138,16 @@ class AgreementLog(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Asks the teachers and counts."""
-        if self._meter is None or self._student_tap is None:
+        if not self._reading or self._student_tap is None:
             return
         taps = [tap for tap in (self._student_tap, self._input_tap) if tap is not None]
         for tap in taps:
             tap.disarm()
         with trainer.precision_plugin.val_step_context():
-            self._meter.update(self.signals(self._student_tap.last(), self.answers(), batch))
+            found = self.signals(self._student_tap.last(), self.answers(), batch)
+            if self._meter is not None:
+                self._meter.update(found)
+            self.tell("val", found)
         for tap in taps:
             tap.forget()
 
@@ -126,3 +157,4 @@ class AgreementLog(Callback):
             values = {f"{self.where}/{key}": value for key, value in self._meter.results().items()}
             pl_module.log_dict(values, rank_zero_only=False)  # type: ignore[arg-type]
             self._meter = None
+        self._reading = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -29,6 +29,8 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
     from step 0 starts the technique anew; a resumed or continued fit goes on. After the fit the layers stay plugged, so
     that ``trainer.test`` sees the compressed model; ``technique.fold(model)`` gives a plain copy.
     """
+
+    told: ClassVar[tuple[str, ...]] = ()  # settings that are shown at their defaults, too
 
     def __init__(self, technique: TechniqueT) -> None:
         self.technique = technique
@@ -79,11 +81,12 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
             self.selection = selection
 
     def describe(self) -> str:
-        """Returns the settings that differ from their defaults, for the table at the start."""
+        """Returns the settings that differ from their defaults, and those that say what it is, for the table."""
         settings = self.technique.settings
         blank = type(settings)()
         pairs = ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
-        return ", ".join(f"{name}={value!r}" for name, value in pairs if value != getattr(blank, name)) or "defaults"
+        shown = ((name, value) for name, value in pairs if name in self.told or value != getattr(blank, name))
+        return ", ".join(f"{name}={value!r}" for name, value in shown) or "defaults"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hooks the optimizers."""

@@ -35,6 +35,7 @@ BUILTIN_MODULES = (
     "lightning_lossplug.sparsity",
     "lightning_lossplug.quantization",
     "lightning_lossplug.communication",
+    "lightning_lossplug.kv_cache",
     "lightning_lossplug.metrics",
     "lightning_lossplug.callbacks",
     "lightning_lossplug.integrations",

@@ -8,6 +8,7 @@ from lightning_lossplug.callbacks import (
     SAM,
     ActivationDensity,
     Distillation,
+    DistillationReport,
     ExactResume,
     GradientAdaptiveQAT,
     KVChannelShrink,
@@ -34,7 +35,18 @@ CALLBACKS = {
     "OnlineDistillation": lambda: OnlineDistillation(teacher(), "bdkd"),
     "Distillation": lambda: Distillation(teacher()),
     "SelfDistillation": lambda: SelfDistillation(),
+    "DistillationReport": lambda: DistillationReport(on="train", plot=False),
     "SAM": lambda: SAM(),
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}
+WATCHED = {  # what a callback that only looks needs beside it
+    "SparsityHealth": lambda: NMSparsity(2, 4, "nm_srste"),
+    "DistillationReport": lambda: Distillation(teacher()),
+}
+
+
+def run_of(name):
+    """The callbacks of a run with one of ``CALLBACKS``."""
+    watched = [WATCHED[name]()] if name in WATCHED else []
+    return [*watched, CALLBACKS[name]()]

@@ -26,9 +26,10 @@ from lightning_lossplug.kv_cache.native import native_library
 from lightning_lossplug.kv_cache.plan import KVFactors
 from lightning_lossplug.kv_cache.size import cache_bytes
 from lightning_lossplug.kv_cache.store import nbytes
+from lightning_lossplug.kv_cache.triton_attention import has_triton, interpreted
 from lightning_lossplug.losses.checks import check_choice
 
-ATTENTIONS = ("auto", "native", "latent", "rebuild")
+ATTENTIONS = ("auto", "native", "triton", "latent", "rebuild")
 _HANDLES = "_lossplug_kv_hooks"
 
 
@@ -50,12 +51,13 @@ class ChannelShrunkCache(Cache):
         model: The model.
         factors: Its factors (:func:`shrink_kv`, :func:`load_kv_factors`).
         window: Recent tokens kept exactly, the current one among them; None: as the factors' settings say.
-        attention: How a step attends to codes. ``native``: in C++, compiled at first use, on CPUs. ``latent``: in
-            PyTorch. ``auto``: in C++ where that can be, else in PyTorch. ``rebuild``: by all keys and values rebuilt.
+        attention: How a step attends to codes. ``native``: in C++, compiled at first use, on CPUs. ``triton``: by a
+            kernel on GPUs, compared with PyTorch at its first use. ``latent``: in PyTorch. ``auto``: in C++ or by the
+            kernel where that can be, else in PyTorch. ``rebuild``: by all keys and values rebuilt.
 
     Raises:
-        LossplugError: The factors are of another model, the window is below 1, or the attention implementation keeps a
-            cache of its own (paged, flex).
+        LossplugError: The factors are of another model, the window is below 1, the attention implementation keeps a
+            cache of its own (paged, flex), or ``native`` or ``triton`` is asked for where it can't be.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class ChannelShrunkCache(Cache):
         model: nn.Module,
         factors: KVFactors,
         window: int | None = None,
-        attention: Literal["auto", "native", "latent", "rebuild"] = "auto",
+        attention: Literal["auto", "native", "triton", "latent", "rebuild"] = "auto",
     ) -> None:
         self.blocks = factors.check(model)
         self.factors = factors
@@ -76,6 +78,8 @@ class ChannelShrunkCache(Cache):
             raise LossplugError(
                 f"the C++ attention can't be used: {native}", where="ChannelShrunkCache", remedy="attention='latent'"
             )
+        if attention == "triton":
+            _check_triton(next(iter(model.parameters())).device)
         config = next(iter(self.blocks.values())).module.config
         _check_attention(config)
         layers = []
@@ -209,6 +213,18 @@ def _announce(
         if cos.shape[1] != tokens:
             raise LossplugError(f"{cos.shape[1]} rotary tables for {tokens} tokens", where=path)
         cache.announce(index, cos, sin, kwargs.get("attention_mask"), batch)
+
+
+def _check_triton(device: torch.device) -> None:
+    if not has_triton():
+        reason = "Triton is not installed"
+    elif device.type != "cuda" and not interpreted():
+        reason = f"the model is on the device {device}, not on a GPU"
+    else:
+        return
+    raise LossplugError(
+        f"the Triton attention can't be used: {reason}", where="ChannelShrunkCache", remedy="attention='auto'"
+    )
 
 
 def _check_attention(config: Any) -> None:

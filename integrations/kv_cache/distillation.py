@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.kv_cache.decode_mode import decode_mode
+from lightning_lossplug.kv_cache.end_to_end import train_end_to_end
 from lightning_lossplug.kv_cache.factors import Factors
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors
 from lightning_lossplug.losses.checks import check_number
@@ -51,44 +49,21 @@ def distill_kv(
     """
     check_number("distill_kv", "steps", steps, least=1)
     check_number("distill_kv", "lr", lr, above=0)
-    texts = list(batches)
-    if not texts:
-        raise LossplugError("there are no batches", where="distill_kv")
     device = next(iter(model.parameters())).device
     layers = {index: _trainable(layer, device) for index, layer in factors.layers.items()}
     tensors = [t for layer in layers.values() for f in (layer.keys, layer.values) for t in (f.encode, f.decode)]
     groups = [{"params": [t], "lr": lr * float(t.detach().abs().mean())} for t in tensors]
-    optimizer = torch.optim.Adam(groups)
-    rates = [group["lr"] for group in optimizer.param_groups]
     moving = dataclasses.replace(factors, layers=layers)
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for step in range(steps):
-            ids = texts[step % len(texts)].to(device)
-            start = max(ids.shape[1] // 4, 1) if prefill is None else prefill
-            with torch.no_grad():
-                target = model(input_ids=ids, use_cache=False).logits[:, start:].flatten(0, 1).float().log_softmax(-1)
-            with torch.enable_grad(), decode_mode(model, moving, start):
-                found = model(input_ids=ids, use_cache=False).logits[:, start:].flatten(0, 1).float().log_softmax(-1)
-                loss = F.kl_div(found, target, log_target=True, reduction="batchmean")
-            if not bool(loss.isfinite()):
-                raise LossplugError("the loss is not finite", where="distill_kv", remedy="Lower lr")
-            optimizer.zero_grad()
-            loss.backward()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 - step / steps)
-            optimizer.step()
-            if report is not None:
-                report(step, float(loss))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
+    train_end_to_end(
+        model,
+        list(batches),
+        groups,
+        lambda step: moving,
+        steps=steps,
+        prefill=prefill,
+        report=report,
+        where="distill_kv",
+    )
     done = {
         index: dataclasses.replace(layer, keys=_plain(layer.keys), values=_plain(layer.values))
         for index, layer in layers.items()

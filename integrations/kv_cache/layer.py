@@ -20,6 +20,7 @@ from lightning_lossplug.kv_cache.native import NativeDecoders, native_attention,
 from lightning_lossplug.kv_cache.plan import LayerFactors
 from lightning_lossplug.kv_cache.rotary import Rotary
 from lightning_lossplug.kv_cache.store import CodeStore, nbytes
+from lightning_lossplug.kv_cache.triton_attention import attend, has_triton
 
 
 class ChannelShrunkLayer(MovableLayer):
@@ -31,7 +32,7 @@ class ChannelShrunkLayer(MovableLayer):
         window: Recent tokens kept exactly, the current one among them.
         k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
         v_bits: The same for values.
-        attention: ``auto``, ``native``, ``latent`` or ``rebuild`` (:class:`ChannelShrunkCache`).
+        attention: ``auto``, ``native``, ``triton``, ``latent`` or ``rebuild`` (:class:`ChannelShrunkCache`).
     """
 
     is_croppable = False  # codes can't be taken back
@@ -46,6 +47,7 @@ class ChannelShrunkLayer(MovableLayer):
         self.attention = attention
         self.latent: LatentDecoders | None = None
         self.native: NativeDecoders | None = None
+        self.triton = False
         self.factors, self.rotary, self.window = factors, rotary, window
         self.key_codes = CodeStore(factors.keys.rank, k_bits)
         self.value_codes = CodeStore(factors.values.rank, v_bits)
@@ -132,6 +134,8 @@ class ChannelShrunkLayer(MovableLayer):
             self.latent = LatentDecoders.of(*self.decoders, self.keys.shape[1], pairing)
             if self.attention in ("auto", "native") and self.device.type == "cpu" and native_or_warn() is not None:
                 self.native = NativeDecoders(self.latent)
+            on_gpu = self.device.type == "cuda" and has_triton()
+            self.triton = self.attention == "triton" or (self.attention == "auto" and on_gpu)
         return True
 
     def _pending(self) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,8 @@ class ChannelShrunkLayer(MovableLayer):
         return keys, values
 
     def _attend(self, tokens: LatentTokens, query: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        if self.triton:
+            return attend(query, tokens, scale, mask)
         library = None if self.native is None or not native_fits(tokens) else native_or_warn()
         if library is None or self.native is None:
             return latent_attention(query, tokens, scale, mask)
@@ -244,6 +250,7 @@ class ChannelShrunkLayer(MovableLayer):
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self.latent = self.native = None
+        self.triton = False
         self.key_codes.clear()
         self.value_codes.clear()
         self.history = None

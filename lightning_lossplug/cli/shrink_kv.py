@@ -40,6 +40,11 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--k-weight", type=float, default=1.0, help="importance of keys over values, unless uniform (1)"
     )
+    parser.add_argument(
+        "--factors", default="cskv", help="cskv (default), or orthogonal bases: eigen_attention or matryoshka_kv"
+    )
+    parser.add_argument("--error-budget", type=float, help="of eigen_attention: error of a block's output, no budget")
+    parser.add_argument("--steps", type=int, default=0, help="training steps: matryoshka_kv trains end to end (0)")
     parser.add_argument("--init", default="whitened", help="whitened (default), asvd or svd")
     parser.add_argument("--bits", type=int, default=16, help="bits of a code's channel: 16 (default), 8, 4 or 2")
     parser.add_argument("--window", type=int, default=32, help="recent tokens kept exactly (32)")
@@ -51,6 +56,7 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of spectra, channels and errors by layer")
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    parser.add_argument("--autocast", action="store_true", help="calibrate in bfloat16: faster where a processor can")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON instead of a table")
     options = parser.parse_args(arguments)
@@ -96,10 +102,15 @@ def read_settings(options: Any) -> Any:
 
     ratios = {n: getattr(options, n) for n in ("k_ratio", "v_ratio") if getattr(options, n) is not None}
     limits = {n: getattr(options, n) for n in ("budget", "bytes_per_token") if getattr(options, n) is not None}
+    if (ratios or limits) and options.error_budget is not None:
+        raise LossplugError("both ratios or a budget and an error budget are given", remedy="Give one of them")
     if ratios and limits:
         raise LossplugError("both ratios and a budget are given", remedy="Give --k-ratio and --v-ratio, or --budget")
+    usual = {"error_budget": options.error_budget} if options.error_budget is not None else {"budget": 0.2}
     return KVShrinkSettings(
-        **(ratios or limits or {"budget": 0.2}),
+        **(ratios or limits or usual),
+        factors=options.factors,
+        steps=options.steps,
         allocation=options.allocation,
         k_weight=options.k_weight,
         init=options.init,
@@ -162,14 +173,15 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     with progress() as bar:
         blocks = [block[None] for block in calibration.split(options.block_size)]
         tracked = bar.track(blocks, description="calibrating")
-        recorder = record_moments(model, tracked, settings.sinks, settings.needs_gradients)
-        factors = fit_factors(model, recorder, settings)
+        recorder = record_moments(model, tracked, settings.sinks, settings.needs_gradients, autocast=options.autocast)
+        factors = fit_factors(model, recorder, settings, blocks)
         if options.plot is not None:
             plot_kv_factors(factors, options.plot, recorder)
         element_bytes = next(iter(model.parameters())).element_size()
         found = {
             "model": options.model,
             "folder": str(output),
+            "factors": settings.factors,
             "init": settings.init,
             "allocation": settings.allocation,
             "bits": settings.k_bits,

@@ -31,6 +31,7 @@ from lightning_lossplug.distillation.group_at import GroupAT
 from lightning_lossplug.distillation.kd import KD
 from lightning_lossplug.distillation.kdcl import KDCL
 from lightning_lossplug.distillation.layer_pairs import pairs_by_depth
+from lightning_lossplug.distillation.learned_layers import LearnedLayers
 from lightning_lossplug.distillation.logit_std import LogitStd
 from lightning_lossplug.distillation.makd import MAKD, aspects_of, narrow_classifier, widen_classifier
 from lightning_lossplug.distillation.mcmi_teacher import MCMITeacher, class_centroids, conditional_mutual_information
@@ -105,6 +106,7 @@ __all__ = [
     "HiddenCosine",
     "Identified",
     "Jeffreys",
+    "LearnedLayers",
     "LinearExpansion",
     "LogitLoss",
     "LogitStd",

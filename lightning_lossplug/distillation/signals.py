@@ -118,14 +118,23 @@ def align(
     return Signals(student, teachers, target, mask, tokens)
 
 
+def check_not_nan(x: Tensor, what: str) -> None:
+    """Raises for numbers of a teacher that are NaN.
+
+    Raises:
+        LossplugError: They are.
+    """
+    if bool(torch.isnan(x.sum())) and bool(torch.isnan(x).any()):  # the sum alone costs one pass
+        raise LossplugError(f"{what} hold NaN", remedy="Check its weights and the inputs it gets")
+
+
 def check_teacher_logits(z: Tensor, who: str, frozen: bool) -> None:
     """Raises for logits that are NaN, or (of a frozen teacher) the same for every sample.
 
     Raises:
         LossplugError: They are.
     """
-    if bool(torch.isnan(z.sum())) and bool(torch.isnan(z).any()):  # the sum alone costs one pass
-        raise LossplugError(f"the logits of {who} hold NaN", remedy="Check its weights and the inputs it gets")
+    check_not_nan(z, f"the logits of {who}")
     rows = z.flatten(0, -2)
     if frozen and len(rows) > 1 and bool((rows == rows[:1]).all()):
         raise LossplugError(

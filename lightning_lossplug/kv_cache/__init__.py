@@ -4,8 +4,10 @@ The cache for transformers' ``generate`` is :mod:`lightning_lossplug.integration
 """
 
 from lightning_lossplug.kv_cache.allocation import allocate_ranks, rank_of_ratio
+from lightning_lossplug.kv_cache.bases import eigen_attention, matryoshka_kv
 from lightning_lossplug.kv_cache.codes import code_bytes, dequantize_codes, quantize_codes
 from lightning_lossplug.kv_cache.decode_mode import decode_mode
+from lightning_lossplug.kv_cache.end_to_end import train_end_to_end
 from lightning_lossplug.kv_cache.factors import (
     Factors,
     asvd_init,
@@ -17,6 +19,7 @@ from lightning_lossplug.kv_cache.factors import (
 from lightning_lossplug.kv_cache.files import load_kv_factors, save_kv_factors
 from lightning_lossplug.kv_cache.gradients import gradient_moments
 from lightning_lossplug.kv_cache.moments import Moments
+from lightning_lossplug.kv_cache.orthogonal import cayley, nested_ranks, principal_axes, ranks_of_threshold
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
 from lightning_lossplug.kv_cache.rotary import Rotary
@@ -38,23 +41,30 @@ __all__ = [
     "asvd_init",
     "balanced",
     "cache_bytes",
+    "cayley",
     "code_bytes",
     "decode_mode",
     "dense_token_bytes",
     "dequantize_codes",
+    "eigen_attention",
     "encoder_of",
     "fit_factors",
     "gradient_moments",
     "gram_loss",
     "load_kv_factors",
+    "matryoshka_kv",
+    "nested_ranks",
+    "principal_axes",
     "quantize_codes",
     "rank_of_ratio",
+    "ranks_of_threshold",
     "reconstruction_loss",
     "record_moments",
     "save_kv_factors",
     "shrink_kv",
     "shrunk_token_bytes",
     "svd_init",
+    "train_end_to_end",
     "train_factors",
     "whitened_init",
 ]

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.kv_cache.plan import KVFactors, layer_tensors, layers_from_tensors
 from lightning_lossplug.kv_cache.settings import KVShrinkSettings
@@ -88,6 +90,15 @@ def factors_to_state(factors: KVFactors) -> dict[str, Any]:
 def factors_from_state(state: dict[str, Any]) -> KVFactors:
     """Rebuilds what :func:`factors_to_state` returned."""
     return _rebuild(state["plain"], state["tensors"], "checkpoint")
+
+
+def shared_factors(factors: KVFactors) -> KVFactors:
+    """Returns the factors of the first process of the default group, on all of them; its own outside one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return factors
+    held = [factors_to_state(factors)]
+    dist.broadcast_object_list(held, src=0)
+    return factors_from_state(held[0])
 
 
 def _plain(factors: KVFactors) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def gradient_moments(
     Raises:
         LossplugError: No module computes a loss.
     """
-    language_model = _with_loss(model, blocks)
+    causal = language_model(model, blocks)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: dict[int, tuple[Moments, Moments]] = {}
     handles = []
@@ -53,7 +53,7 @@ def gradient_moments(
             hook = _hook(block, sinks, found)
             handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         with torch.enable_grad():
-            loss = language_model(**inputs, labels=labels, use_cache=False).loss
+            loss = causal(**inputs, labels=labels, use_cache=False).loss
             (loss * (labels[:, 1:] != -100).sum()).backward()  # of the sum, so that batches of any size add up
     finally:
         for handle in handles:
@@ -91,7 +91,12 @@ def _hook(block: AttentionBlock, sinks: int, found: dict[int, tuple[Moments, Mom
     return hook
 
 
-def _with_loss(model: nn.Module, blocks: dict[int, AttentionBlock]) -> nn.Module:
+def language_model(model: nn.Module, blocks: dict[int, AttentionBlock]) -> nn.Module:
+    """Returns the innermost module with a loss of its own that holds all blocks, inside a LightningModule say.
+
+    Raises:
+        LossplugError: There is none.
+    """
     found = None
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,17 +108,20 @@ class KVFactors:
         }
 
 
-def fit_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSettings) -> KVFactors:
+def fit_factors(
+    model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSettings, texts: Sequence[Tensor] = ()
+) -> KVFactors:
     """Turns calibration moments into factors.
 
     Args:
         model: The model that was calibrated.
         recorder: Its moments.
         settings: What is wanted.
+        texts: int64 ``[B, T]`` token ids without padding, where ``settings.looks_at_text``.
 
     Raises:
         LossplugError: Too few calibration tokens (the message says how many are needed), a rank of 0, a budget that is
-            too small, or an ``init`` that the model has no weights for.
+            too small, an ``init`` that the model has no weights for, or no texts where they are needed.
     """
     widest = max((max(m.keys.width, m.values.width) for m in recorder.layers.values()), default=1)
     needed = TOKENS_PER_CHANNEL * widest
@@ -128,22 +131,55 @@ def fit_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSe
             where="calibration",
             remedy="Give more text",
         )
-    element_bytes = next(iter(model.parameters())).element_size()
+    if settings.looks_at_text and not texts:
+        raise LossplugError(
+            f"{settings.factors} looks at texts, and there are none",
+            where="fit_factors",
+            remedy="fit_factors(model, recorder, settings, texts)",
+        )
+    if settings.factors != "cskv":
+        from lightning_lossplug.kv_cache.bases import eigen_attention, matryoshka_kv
+
+        way = eigen_attention if settings.factors == "eigen_attention" else matryoshka_kv
+        return way(model, recorder, settings, texts)
     layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
-    branches = [moments for layer in layers.values() for moments in (layer.keys, layer.values)]
     metrics = [m for index, layer in layers.items() for m in _metrics(recorder.blocks[index], layer, settings)]
-    costs: list[Tensor | None] = list(metrics)
-    if settings.allocation == "sensitivity":
-        costs = [_gradient(layer, which) for layer in layers.values() for which in (0, 1)]
-    ranks = _ranks(branches, costs, settings, element_bytes)
+    ranks = layer_ranks(model, recorder, settings, metrics)
     made: dict[int, LayerFactors] = {}
     for position, (index, layer) in enumerate(layers.items()):
         block = recorder.blocks[index]
-        k_rank, v_rank = ranks[2 * position : 2 * position + 2]
+        k_rank, v_rank = ranks[index]
         keys, k_error = _factors(layer.keys, metrics[2 * position], k_rank, settings, layer, block, "k_proj")
         values, v_error = _factors(layer.values, metrics[2 * position + 1], v_rank, settings, layer, block, "v_proj")
         made[index] = LayerFactors(keys, values, k_error, v_error)
     return KVFactors(made, settings, fingerprint(model, recorder.blocks), recorder.tokens)
+
+
+def layer_ranks(
+    model: nn.Module,
+    recorder: MomentRecorder,
+    settings: KVShrinkSettings,
+    metrics: list[Tensor | None] | None = None,
+) -> dict[int, tuple[int, int]]:
+    """Returns how many channels the keys and the values of every layer get.
+
+    Args:
+        model: The model.
+        recorder: Its moments.
+        settings: Ratios, budgets, allocation.
+        metrics: What an error costs, of keys and values by turns; None for the identity.
+
+    Raises:
+        LossplugError: A rank of 0, or a budget that is too small.
+    """
+    layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
+    branches = [moments for layer in layers.values() for moments in (layer.keys, layer.values)]
+    costs: list[Tensor | None] = [None] * len(branches) if metrics is None else list(metrics)
+    if settings.allocation == "sensitivity":
+        costs = [_gradient(layer, which) for layer in layers.values() for which in (0, 1)]
+    element_bytes = next(iter(model.parameters())).element_size()
+    ranks = _ranks(branches, costs, settings, element_bytes)
+    return {index: (ranks[2 * i], ranks[2 * i + 1]) for i, index in enumerate(layers)}
 
 
 def _metrics(

@@ -8,6 +8,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.codes import check_bits
 from lightning_lossplug.losses.checks import check_choice, check_number
 
+FACTORS = ("cskv", "eigen_attention", "matryoshka_kv")
 INITS = ("whitened", "asvd", "svd")
 ALLOCATIONS = ("uniform", "spectrum", "sensitivity")
 K_METRICS = ("plain", "gradient")
@@ -27,6 +28,11 @@ class KVShrinkSettings:
             relative error, under the same number of bytes. ``sensitivity``: where they remove the most loss, as
             gradients of the loss with respect to keys and values tell it.
         k_weight: Importance of an error of keys over one of values, > 0, for ``spectrum`` and ``sensitivity``.
+        factors: ``cskv``: ``init`` and what follows it. ``eigen_attention``: an orthogonal basis for the keys of all
+            heads and one for the values of each (:func:`eigen_attention`). ``matryoshka_kv``: nested orthogonal bases
+            by head, trained for ``steps`` end to end (:func:`matryoshka_kv`).
+        error_budget: For ``eigen_attention``, instead of ratios or a budget: relative error of the output of an
+            attention block, in (0, 1).
         init: ``whitened`` (the optimum on the calibration text), ``asvd`` or ``svd``.
         k_metric: Where ``whitened`` (and ``spectrum``) counts the error of keys: ``plain`` for the keys themselves,
             ``gradient`` in the loss, to second order.
@@ -42,7 +48,8 @@ class KVShrinkSettings:
         window: Recent tokens kept exactly, the current one among them, >= 1.
         sinks: First tokens of every row kept exactly, >= 0, and left out of the calibration: they look like no other
             token and get most of the attention, so their error would count most.
-        steps: Steps of reconstruction training after ``init``; 0 for none, which is right for ``whitened``.
+        steps: Steps of reconstruction training after ``init``; 0 for none, which is right for ``whitened``. For
+            ``matryoshka_kv`` end-to-end steps on the calibration text; 0 for principal axes.
         lr: Its learning rate.
     """
 
@@ -52,6 +59,8 @@ class KVShrinkSettings:
     bytes_per_token: float | None = None
     allocation: str = "uniform"
     k_weight: float = 1.0
+    factors: str = "cskv"
+    error_budget: float | None = None
     init: str = "whitened"
     k_metric: str = "plain"
     v_metric: str = "output"
@@ -72,6 +81,7 @@ class KVShrinkSettings:
         check_number(where, "k_weight", self.k_weight, above=0)
         check_number(where, "alpha", self.alpha, least=0)
         check_number(where, "lr", self.lr, above=0)
+        check_choice(where, "factors", self.factors, FACTORS)
         check_choice(where, "init", self.init, INITS)
         check_choice(where, "allocation", self.allocation, ALLOCATIONS)
         check_choice(where, "k_metric", self.k_metric, K_METRICS)
@@ -84,10 +94,35 @@ class KVShrinkSettings:
             check_number(where, "bytes_per_token", self.bytes_per_token, above=0)
         if self.budget is not None and self.bytes_per_token is not None:
             raise LossplugError("both budget and bytes_per_token are given", where=where, remedy="Give one of them")
+        self._check_factors(where)
         for name, least in (("window", 1), ("sinks", 0), ("steps", 0), ("head_group", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise LossplugError(f"{name} is {value!r}, allowed are whole numbers from {least}", where=where)
+
+    def _check_factors(self, where: str) -> None:
+        if self.error_budget is not None:
+            check_number(where, "error_budget", self.error_budget, above=0, below=1)
+            if self.factors != "eigen_attention" or self.budget is not None or self.bytes_per_token is not None:
+                raise LossplugError("error_budget is for factors='eigen_attention' without another budget", where=where)
+        own = {"init": "whitened", "k_metric": "plain", "head_group": 0, "means": False}
+        if self.factors != "cskv":
+            for name, default in own.items():
+                if getattr(self, name) != default:
+                    raise LossplugError(
+                        f"{name} is {getattr(self, name)!r}, which is for factors='cskv'",
+                        where=where,
+                        remedy="Leave it out",
+                    )
+        if self.factors == "eigen_attention" and self.steps:
+            raise LossplugError(
+                f"steps is {self.steps}, and eigen_attention trains nothing", where=where, remedy="Leave it out"
+            )
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether making the factors needs texts beside the moments."""
+        return self.error_budget is not None or (self.factors == "matryoshka_kv" and self.steps > 0)
 
     @property
     def needs_gradients(self) -> bool:

@@ -12,16 +12,20 @@ from lightning_lossplug.registry import register_path
 # name: module, family
 _CLASSES = {
     "ActivationSparsity": ("activations", "sparsity"),
+    "CapacityGap": ("capacity_gap", "distillation"),
     "DecodePerplexity": ("decode_perplexity", "kv_cache"),
     "NMCompliance": ("sparsity", "sparsity"),
+    "Reliability": ("reliability", "distillation"),
     "Sparsity": ("sparsity", "sparsity"),
     "TeacherAgreement": ("agreement", "distillation"),
 }
 
 __all__ = [
     "ActivationSparsity",
+    "CapacityGap",
     "DecodePerplexity",
     "NMCompliance",
+    "Reliability",
     "Sparsity",
     "TeacherAgreement",
     "compliant_groups",

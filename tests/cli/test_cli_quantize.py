@@ -13,7 +13,8 @@ SMALL = ("--block-size", 32, "--tokens", 256)
 
 def test_packed_file_holds_what_was_measured(cli, language_model, text, tmp_path):
     code, out, err = cli(
-        "quantize", language_model, "--text", text, "--bits", "w4a8", "--migrate", "smoothquant", "-o", tmp_path / "q", *SMALL,
+        "quantize", language_model, "--text", text,
+        "--bits", "w4a8", "--migrate", "smoothquant", "-o", tmp_path / "q", *SMALL,
         "--evaluate", 2, "--json",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -33,7 +34,8 @@ def test_dense_folder_loads_in_transformers(cli, language_model, text, tmp_path)
     import transformers
 
     code, out, err = cli(
-        "quantize", language_model, "--text", text, "--method", "adaround", "--set", "iters=5", "--bits", 4, "--group-size", 16,
+        "quantize", language_model, "--text", text,
+        "--method", "adaround", "--set", "iters=5", "--bits", 4, "--group-size", 16,
         "-o", tmp_path / "q", *SMALL, "--dense",
     )  # fmt: skip
     assert (code, err) == (0, "")

@@ -25,7 +25,8 @@ def test_factors_beside_the_model(cli, language_model, text):
 
 def test_json_bits_and_perplexity(cli, language_model, text, tmp_path):
     code, out, err = cli(
-        "shrink-kv", language_model, "--text", text, "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
+        "shrink-kv", language_model, "--text", text,
+        "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
         "--block-size", 32, "--evaluate", 2, "--json", "--plot", tmp_path / "a.png",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -39,6 +40,20 @@ def test_json_bits_and_perplexity(cli, language_model, text, tmp_path):
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["kv_factors.json", "kv_factors.safetensors"]
 
 
+def test_orthogonal_bases(cli, language_model, text, tmp_path):
+    own = ["--block-size", 32, "--json", "-o", tmp_path / "f"]
+    found = []
+    for more in (["--factors", "eigen_attention", "--error-budget", 0.3, "--autocast"],
+                 ["--factors", "matryoshka_kv", "--steps", 2, "--budget", 0.5]):  # fmt: skip
+        code, out, err = cli("shrink-kv", language_model, "--text", text, *own, *more)
+        assert (code, err) == (0, "")
+        found.append(json.loads(out))
+    assert [f["factors"] for f in found] == ["eigen_attention", "matryoshka_kv"]
+    assert found[0]["share"] < 1
+    assert found[1]["share"] == 0.5
+    assert load_kv_factors(tmp_path / "f").settings.steps == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -48,6 +63,9 @@ def test_json_bits_and_perplexity(cli, language_model, text, tmp_path):
         (["--budget", "0.001"], "some rank rounds to 0. Give at least"),
         (["--tokens", "20"], "has 16 tokens, at least 32 are needed"),
         (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--factors", "kivi"], "factors is 'kivi'"),
+        (["--error-budget", "0.1"], "error_budget is for factors='eigen_attention'"),
+        (["--error-budget", "0.1", "--budget", "0.2"], "both ratios or a budget and an error budget"),
         (["--init", "svf"], "init is 'svf'. Did you mean 'svd'"),
         (["--budgt", "0.2"], "unknown option --budgt. Did you mean '--budget'"),
     ],

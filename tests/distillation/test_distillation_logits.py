@@ -67,6 +67,7 @@ OTHERS = {
     "minillm_policy",
     "entropic_student",
     "ca_dino",
+    "learned_layers",
 }
 CASES = [(name, p) for name, sets in LOGITS.items() for p in sets]
 EACH = pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)

@@ -216,6 +216,14 @@ def test_a_fused_loss_trains_the_same_without_logits(name, parameters):
         torch.testing.assert_close(twin[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("part", "message"), [("lm_head", "output embeddings"), ("model.layers.0.mlp", "hidden")])
+def test_a_fused_loss_refuses_nan(part, message):
+    frozen = llama(2)
+    nn.init.constant_(next(frozen.get_submodule(part).parameters()), float("nan"))
+    with pytest.raises(LossplugError, match=f"the {message}.* of .*LlamaForCausalLM hold NaN. Check its weights"):
+        trainer(Distillation(frozen, "gkd", fused=True)).fit(CausalLM(from_config=LLAMA), texts())
+
+
 class Stubborn(nn.Sequential):
     """Can't be put in eval mode."""
 
@@ -257,6 +265,17 @@ def constant():
         (lambda: Distillation(teacher(), "dkd", fused=True), "DKD has no fused form"),
         (lambda: Distillation(teacher(), "kd", fused=True), "has no output embedding"),
         (lambda: SelfDistillation(decay=1.5), "decay is 1.5"),
+        (lambda: Distillation(teacher(), weight=-1.0), r"weight is -1.0, allowed is \[0, inf"),
+        (lambda: Distillation(teacher(), ce_weight={0.0: 1.0, 0.5: -0.1}), "ce_weight is -0.1"),
+        (
+            lambda: Distillation(teacher(), feature_loss="rkd", layers={"3": "3"}, feature_weight=-2),
+            "feature_weight is -2",
+        ),
+        (
+            lambda: Distillation(broken(), None, feature_loss="rkd", layers={"4": "4"}),
+            "the features '4' of the teacher Sequential hold NaN",
+        ),
+        (lambda: Distillation(teacher(), "kd", temperature={0.0: 2.0, 0.5: 0.0}), "temperature is 0.0"),
     ],
 )
 def test_mistakes_are_one_line(make, message):

@@ -4,11 +4,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from distillation_runs import Plain, data, network, same, trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from test_online_distillation import LLAMA, llama
 from torch.utils.data import DataLoader
 
 from lightning_lossplug import LossplugError
-from lightning_lossplug.callbacks import Distillation, ExactResume
+from lightning_lossplug.callbacks import Distillation, ExactResume, OnlineDistillation
 from lightning_lossplug.distillation import OnPolicy, cache_teacher, correction_position, create
 from lightning_lossplug.distillation.on_policy import IGNORED, Sampler, complete, corrected, pack, prompts
 from lightning_lossplug.integrations import CausalLM
@@ -254,3 +255,44 @@ def test_a_window_is_one_large_batch(loss, tmp_path):
     assert max((plain[k] - v).abs().max() for k, v in whole.items()) > 1e-5
     with pytest.raises(LossplugError, match="goes with a loss of logits alone"):
         Distillation(llama(2), "gkd", normalize="window", align="all")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_window_is_one_large_batch_for_teachers_that_learn(precision):
+    def run(batch_size, window, normalize):
+        torch.manual_seed(0)
+        student, batches = Sgd(from_config=LLAMA), DataLoader(instructions().dataset, batch_size)
+        off = {"ce_weight": 0.0, "teacher_ce_weight": 0.0}
+        callback = OnlineDistillation(sure(), "bdkd", lr_scale=0.5, normalize=normalize, **off)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if precision == "16-mixed" else {}
+        trainer(callback, accumulate_grad_batches=window, max_epochs=2, **options).fit(student, batches)
+        return student.state_dict(), callback.teachers[0].state_dict()
+
+    whole, exact, plain = run(8, 1, "batch"), run(2, 4, "window"), run(2, 4, "batch")
+    close = {"rtol": 1e-4, "atol": 1e-6} if precision == "32-true" else {"rtol": 2e-2, "atol": 2e-3}
+    for want, found, naive in zip(whole, exact, plain, strict=True):
+        for key, value in want.items():
+            torch.testing.assert_close(found[key], value, **close)
+        error, other = (max((got[k] - v).abs().max() for k, v in want.items()) for got in (found, naive))
+        assert other > 3 * error
+    with pytest.raises(LossplugError, match="normalize is 'all'"):
+        OnlineDistillation(llama(2), "bdkd", normalize="all")
+
+
+def test_an_unfinished_window_of_teachers_that_learn_is_in_the_checkpoint(tmp_path):
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    torch.manual_seed(0)
+    batches = list(DataLoader(instructions().dataset, 2))
+    callback, student = OnlineDistillation(llama(2), "bdkd", normalize="window"), Sgd(from_config=LLAMA)
+    trainer(callback, Saver(), accumulate_grad_batches=2).fit(student, DataLoader(batches, batch_size=None))
+    state = torch.load(tmp_path / "middle.ckpt", weights_only=False)["callbacks"][callback.state_key]
+    (held,) = state["split"]["ranks"]
+    own, taught = (len(list(n.parameters())) for n in (student, callback.teachers))
+    assert len(held["weighted"]) == own + taught
+    assert all(g is not None for g in held["weighted"][-taught:])
+    assert held["tokens"] == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches[2:3])

@@ -323,6 +323,8 @@ def test_mistakes_are_one_line_and_leave_nothing(module, make, message):
         (lambda: OnlineDistillation(network(), "bdkd", {"delta": 0.1}), "delta is 0.1"),
         (lambda: OnlineDistillation(network(), "bdkd", {"temperature": -1}), "temperature is -1"),
         (lambda: OnlineDistillation([network(), network()], "switokd"), "takes one"),
+        (lambda: OnlineDistillation(network(), weight=-0.5), "weight is -0.5"),
+        (lambda: OnlineDistillation(network(), teacher_ce_weight=-1), "teacher_ce_weight is -1"),
         (lambda: OnlineDistillation("resnet18"), "has no kind. Write timm:NAME"),
         (lambda: OnlineDistillation("tim:resnet18"), "Did you mean 'timm'"),
         (lambda: OnlineDistillation("timm:resnet1888", teacher_kwargs={"pretrained": False}), "no model"),

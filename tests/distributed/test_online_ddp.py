@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from train_online import Net, network, samples, sequences
 
+from lightning_lossplug.callbacks import read_report
 from lightning_lossplug.distillation import DOT, create
 
 SCRIPT = Path(__file__).parent / "train_online.py"
@@ -65,6 +66,21 @@ def tokens_by_hand(joint):
     return student.state_dict()
 
 
+def online_tokens_by_hand(joint):
+    """The same for a teacher that learns."""
+    student, teacher, loss = Net().net, network(12, 7), create("bdkd")
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9) for n in (student, teacher)]
+    for _ in range(2):
+        for x, y in DataLoader(sequences(), joint):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            terms = loss(student(x), teacher(x), y)
+            (terms.student + terms.teachers[0]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return student.state_dict(), teacher.state_dict()
+
+
 def test_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
@@ -82,6 +98,13 @@ def test_two_ranks(tmp_path):
     for name, want in (("dot", dot_by_hand()), ("window", tokens_by_hand(32)), ("ranks", tokens_by_hand(16))):
         for key, value in want.items():
             torch.testing.assert_close(one[name]["net"][key], value, rtol=1e-4, atol=1e-5)
+    for name, joint in (("online window", 32), ("online ranks", 16)):
+        for part, want in zip(("net", "extras"), online_tokens_by_hand(joint), strict=True):
+            for key, value in want.items():
+                got = one[name][part]
+                torch.testing.assert_close(got.get(key, got.get(f"0.{key}")), value, rtol=1e-4, atol=1e-5)
+    assert one["plain"]["report"]["count"].sum() == len(samples())
+    assert [row["epoch"] for row in read_report(tmp_path)] == [0, 1]
     student, teacher = by_hand()
     for got, want in ((one["plain"]["net"], student), (one["plain"]["extras"], teacher)):
         for key, value in want.items():

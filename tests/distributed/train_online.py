@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_lossplug.callbacks import Distillation, OnlineDistillation, SelfDistillation
+from lightning_lossplug.callbacks import Distillation, DistillationReport, OnlineDistillation, SelfDistillation
 
 
 def network(width: int, seed: int, norm: bool = False) -> nn.Sequential:
@@ -65,14 +65,14 @@ class Data(pl.LightningDataModule):
         return DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False))
 
 
-def fit(module, callback, make=samples, **options):
+def fit(module, callback, make=samples, more=(), **options):
     pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
         devices=2,
         strategy="ddp",
         use_distributed_sampler=False,
-        callbacks=[callback],
+        callbacks=[callback, *more],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -87,14 +87,25 @@ if __name__ == "__main__":
 
     rank = int(os.environ.get("LOCAL_RANK", 0))
     plain, found = Net(), {}
-    found["plain"] = fit(plain, OnlineDistillation(network(16, 5 + rank)))  # rank 0's teacher is taken by both
+    report = DistillationReport(sys.argv[1], on="train", plot=False)
+    online = OnlineDistillation(network(16, 5 + rank))  # rank 0's teacher is taken by both
+    found["plain"] = fit(plain, online, more=[report])
+    details = next(iter(report.details.values()))
+    found["plain"]["report"] = {k: torch.tensor(details.confidence[k]).nan_to_num() for k in ("count", "student")}
     found["switokd"] = fit(Net(norm=True), OnlineDistillation(network(16, 5, norm=True), "switokd"))
     features = Distillation(network(12, 7, norm=True), feature_loss="fitnet", layers={"2": "2"})
     found["fitnet"] = fit(Net(norm=True), features)
+    mixed = Distillation(network(12, 7), feature_loss="fitnet", layers={"0": ["0", "2"], "3": ["2", "3"]})
+    found["learned layers"] = fit(Net(), mixed)
     found["ema"] = fit(Net(norm=True), SelfDistillation(0.9))
     found["dot"] = fit(Net(), Distillation(network(12, 7), dot_delta=0.05))
     window = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
     found["window"] = fit(Tokens(), window, sequences, accumulate_grad_batches=2)
     ranks = Distillation(network(12, 7), ce_weight=0.0, normalize="window")
     found["ranks"] = fit(Tokens(), ranks, sequences)
+    off = {"ce_weight": 0.0, "teacher_ce_weight": 0.0}
+    online = OnlineDistillation(network(12, 7), normalize="window", **off)
+    found["online window"] = fit(Tokens(), online, sequences, accumulate_grad_batches=2)
+    online = OnlineDistillation(network(12, 7), normalize="window", **off)
+    found["online ranks"] = fit(Tokens(), online, sequences)
     torch.save(found, Path(sys.argv[1]) / f"rank{plain.global_rank}.pt")

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ import torch
 import torch._dynamo  # FSDP2 would import it in every fork
 import torch.distributed as dist
 from callback_runs import OrderedLoader, Plain, data
-from callback_table import CALLBACKS, LANGUAGE, teacher
+from callback_table import CALLBACKS, LANGUAGE, run_of, teacher
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from tiny_models import LLAMA, Wrapped
@@ -73,7 +74,7 @@ C = callbacks
 for _name in C.__all__:
     getattr(C, _name)  # imported here, once, and not in every fork
 CASES = {  # what trains, and with what; ExactResume is in every run
-    **{name: (classifier, lambda make=make: [make()]) for name, make in CALLBACKS.items()},
+    **{name: (classifier, partial(run_of, name)) for name in CALLBACKS},
     **{name: (language("llama"), lambda make=make: [make()]) for name, make in LANGUAGE.items()},
     "ExactResume": (classifier, list),
     "SparsityHealth": (classifier, lambda: [C.NMSparsity(2, 4, "nm_srste"), C.SparsityHealth(plot=False, every=2)]),

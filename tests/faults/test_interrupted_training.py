@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from callback_runs import OrderedLoader, Plain, assert_equal, data, make_trainer, state_of
-from callback_table import CALLBACKS
+from callback_table import CALLBACKS, run_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -57,11 +57,6 @@ class Steps(Callback):
         self.clocks.append(ours)
 
 
-def callbacks_of(name):
-    made = CALLBACKS[name]()
-    return [NMSparsity(2, 4, "nm_srste"), made] if name == "SparsityHealth" else [made]
-
-
 def half(growth=2000):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth)
     return MixedPrecision("16-mixed", "cpu", scaler)
@@ -72,7 +67,7 @@ def half(growth=2000):
 def test_a_scaler_skips_a_step_and_no_state_moves(name, factor):
     torch.manual_seed(0)
     module, steps = Spiked(factor), Steps()
-    trainer = make_trainer(max_epochs=1, plugins=[half()], callbacks=[*callbacks_of(name), steps])
+    trainer = make_trainer(max_epochs=1, plugins=[half()], callbacks=[*run_of(name), steps])
     trainer.fit(module, data())
     assert_equal(steps.weights[BAD], steps.weights[BAD - 1])
     assert steps.clocks[BAD] == steps.clocks[BAD - 1]
@@ -87,7 +82,7 @@ def test_a_loss_that_is_nan_without_a_scaler_ends_in_nan_or_one_line(name):
     torch.manual_seed(0)
     module = Spiked(math.nan)
     try:
-        make_trainer(max_epochs=1, callbacks=callbacks_of(name)).fit(module, data())
+        make_trainer(max_epochs=1, callbacks=run_of(name)).fit(module, data())
     except LossplugError as error:
         assert len(str(error).splitlines()) == 1
     assert not module.net[0].weight.isfinite().all()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from callback_runs import Plain, data, make_trainer
-from callback_table import CALLBACKS, LANGUAGE
+from callback_table import CALLBACKS, LANGUAGE, run_of
 from lightning.pytorch import Callback
 from tiny_models import LLAMA, Wrapped
 from tiny_moe import MoE
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_lossplug.callbacks import MoEBalancing, NMSparsity, TechniqueCallback
+from lightning_lossplug.callbacks import MoEBalancing, TechniqueCallback
 from lightning_lossplug.surgery.chain import _CHAINS
 
 HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_always_called"))]
@@ -58,8 +58,7 @@ def made(name, batches=8):
             "ExactResume",
         )
         return Plain(dropout=0.1), data(8 * batches), [CALLBACKS[one]() for one in many]
-    first = [NMSparsity(2, 4, "nm_srste")] if name == "SparsityHealth" else []
-    return Plain(dropout=0.1), data(8 * batches), [*first, CALLBACKS[name]()]
+    return Plain(dropout=0.1), data(8 * batches), run_of(name)
 
 
 def described(value):

@@ -321,3 +321,15 @@ def test_head_groups_have_codes_of_their_own():
     assert errors[0] <= errors[1] <= errors[2]
     with pytest.raises(LossplugError, match="4 heads and rank 16, which can't be coded in groups of 3"):
         fit_factors(model, recorder, KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, head_group=3))
+
+
+def test_autocast_moves_moments_by_the_rounding_of_bfloat16():
+    model = model_of("llama")
+    exact, rounded = (record_moments(model, TEXT, autocast=autocast) for autocast in (False, True))
+    for index in exact.layers:
+        for name in ("keys", "values"):
+            one, two = (getattr(r.layers[index], name).gram for r in (exact, rounded))
+            assert one.dtype == two.dtype == torch.float64
+            assert not torch.equal(one, two)
+            assert (one - two).norm() < 0.02 * one.norm()
+    assert not torch.is_autocast_enabled("cpu")

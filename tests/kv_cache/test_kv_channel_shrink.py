@@ -69,6 +69,19 @@ def options(when, **more):
     return {"k_ratio": 0.5, "v_ratio": 0.5, "when": when, "calib_batches": 3, **more}
 
 
+@pytest.mark.parametrize("more", [{"factors": "matryoshka_kv", "steps": 2}, {"factors": "eigen_attention"}])
+def test_orthogonal_bases(more):
+    callback = KVChannelShrink(**options("end", **more))
+    module = fit(callback)
+    for layer in callback.factors.layers.values():
+        through = layer.values.encode @ layer.values.decode
+        torch.testing.assert_close(through @ through, through, rtol=0, atol=1e-4)
+    cache = ChannelShrunkCache(module.net, callback.factors)
+    module.net.eval().generate(input_ids=DATA[:1], max_new_tokens=5, do_sample=False, past_key_values=cache)
+    with pytest.raises(LossplugError, match="keeps no texts, which factors='matryoshka_kv' looks at"):
+        KVChannelShrink(factors="matryoshka_kv", steps=2, when="training")
+
+
 @pytest.mark.parametrize("when", ["start", "training", "end"])
 def test_factors_for_generate_and_for_the_folder(when, tmp_path):
     callback = KVChannelShrink(**options(when, output=str(tmp_path / "model")))
