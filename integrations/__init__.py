@@ -33,6 +33,7 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "load_packed": ("packed", {}),
     "save_compressed": ("compressed", {"transformers": "transformers"}),
     "export_onnx_qdq": ("onnx_qdq", {}),
+    "torchao_model": ("torchao_weights", {}),
     "timm_teacher": ("teachers", {}),
     "hf_teacher": ("teachers", {}),
     "checkpoint_teacher": ("teachers", {}),
