@@ -54,7 +54,7 @@ def torchao_model(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         scale = coded.scale.reshape(-1, columns // group if weight.layout.group_size else 1).expand(rows, -1)
         zero = torch.zeros_like(scale) if coded.zero_point is None else coded.zero_point.reshape(scale.shape)
         need = max(-int(coded.codes.min()) - 1, int(coded.codes.max()), 1).bit_length() + 1
-        bits = max(need, math.ceil(weight.bits))
+        bits = max(need, math.ceil(weight.bits))  # type: ignore[arg-type]
         made[name] = IntxUnpackedToInt8Tensor(
             coded.codes.to(torch.int8),
             scale.contiguous().to(layer.weight.dtype),

@@ -142,7 +142,7 @@ class AttentionQuant(WeightTransform):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Takes the arguments of ``F.scaled_dot_product_attention``."""
         q, k, v = self.query(query), self.key(key), self.value(value)
-        return explicit_attention(q, k, v, *args, **kwargs, weights=self.weights)
+        return explicit_attention(q, k, v, *args, weights=self.weights, **kwargs)  # type: ignore[misc]
 
     def check_fold(self) -> str | None:
         """Refuses steps that were never set or have left the positive numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ class QATSettings:
         for name in ("scale_lr", "scale_weight_decay"):
             check_range(where, name, getattr(self, name), 0)
         check_range(where, "init_batches", self.init_batches, 1)
+        if self.first_last_bits is not None:
+            check_range(where, "first_last_bits", self.first_last_bits, 1, 8)
         for bits_w, bits_a in self.patterns().values():
             if bits_w is None and bits_a is None:
                 raise LossplugError("nothing is to be quantised", where=where, remedy="Give bits_w, bits_a or both")
@@ -144,6 +147,9 @@ class QATSettings:
         """
         if bits is None:
             return None
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not math.isfinite(bits):
+            allowed = "1, 1.58 or 2 to 8" if role == "weight" else "2 to 8"
+            raise LossplugError(f"the bits of {_plural(role)} are {bits!r}, allowed is {allowed}", where="QAT")
         chosen = self.weight or ("paretoq" if bits <= 2 else "lsq") if role == "weight" else self.activation
         entry = registry.get("quantizer", chosen if own else "lsq")
         if role not in entry.facts["roles"]:
@@ -176,11 +182,13 @@ class QATSettings:
         bits = check_bits("QAT", self.attention_bits or 0, 1, 8)
         soft = check_bits("QAT", bits if self.softmax_bits is None else self.softmax_bits, 1, 8)
         own = self.fits(bits, "activation")
+        operands: list[Any]
         if bits == 1:
             operands = [BiViT(role="activation") for _ in range(3)]
         else:  # the values are summed over the axis of tokens, which is where a block format has its blocks
-            operands = [self.build(bits, "activation", block_axis=axis, own=own) for axis in (-1, -1, -2)]  # type: ignore[misc]
-        return AttentionQuant(*operands, Probabilities(soft, self.init_batches) if soft > 1 else None)  # type: ignore[arg-type]
+            operands = [self.build(bits, "activation", block_axis=axis, own=own) for axis in (-1, -1, -2)]
+        query, key, value = operands
+        return AttentionQuant(query, key, value, Probabilities(soft, self.init_batches) if soft > 1 else None)
 
     def fits(self, bits: float, role: str) -> bool:
         """Whether the quantiser of the settings can have these bits."""
@@ -475,7 +483,7 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
 
     def state_dict(self) -> dict[str, Any]:
         """What is quantised and to how many bits; scales are parameters of the model."""
-        layers = {
+        layers: dict[str, list[Any]] = {
             name: [layer.weight and layer.weight.bits, layer.activation and layer.activation.bits]
             for name, layer in self.layers.items()
         }

@@ -78,7 +78,7 @@ def attention_of(layer: nn.Module) -> Any:
     return None if stack is None else stack._modules["quantization"]
 
 
-def attending_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def attending_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the modules whose attention a transform computes, with their paths."""
     for name, layer in model.named_modules():
         if isinstance(layer, AttendingLayer):
@@ -113,19 +113,19 @@ def unplug_attention(layer: nn.Module) -> None:
         layer.give_back_class()
 
 
-def find_attention(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
+def find_attention(model: nn.Module) -> dict[str, tuple[Any, str | None]]:
     """Returns the attention modules of a model by path, each with the reason why it can't be plugged, or None.
 
     A module is one when the code of its ``forward``, or a function that this calls, names
     ``F.scaled_dot_product_attention`` (timm and most models of one's own) or transformers' table of such functions.
     """
-    found: dict[str, tuple[nn.Module, str | None]] = {}
+    found: dict[str, tuple[Any, str | None]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             found[name] = module, "nn.MultiheadAttention attends inside one function of torch"
         elif isinstance(module, AttendingLayer):
             found[name] = module, None
-        elif not type(module).__module__.startswith("torch.nn.") and _names(type(module)) & CALLED:
+        elif not type(module).__module__.startswith("torch.nn.") and _names(type(module)) & CALLED:  # type: ignore[arg-type]
             found[name] = module, _reason(module)
     return found
 

@@ -11,6 +11,7 @@ from callback_runs import assert_equal, make_trainer, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny_models import LLAMA, Wrapped, train
 from torch import nn
 from torch.utils.data import DataLoader
@@ -233,6 +234,18 @@ def test_interrupted_and_resumed_equals_straight(options, callback, tmp_path):
         return state_of(module)
 
     assert_equal(run(), run(tmp_path / "a.ckpt"))
+
+
+def test_averaged_weights_have_the_scales():
+    average, seen = EMAWeightAveraging(decay=0.5), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            transform = attention_of(average._average_model.module.model.blocks[0].attn)
+            seen.append([quantizer.ready for _, quantizer in transform.quantizers()])
+
+    train(vit(), IMAGES, QAT(8, 8, attention_bits=8), average, Look(), lr=1e-3)
+    assert seen[-1] == [True] * 4
 
 
 def test_gradient_checkpointing_changes_nothing():
