@@ -192,7 +192,8 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
 
     def _place(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> None:
         network.to(pl_module.device)
-        if isinstance(trainer.precision_plugin, HalfPrecision):
+        quantised = getattr(network, "quantization_method", None) is not None  # transformers refuses to cast those
+        if isinstance(trainer.precision_plugin, HalfPrecision) and not quantised:
             trainer.precision_plugin.convert_module(network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lightning_lossplug.callbacks.technique import TechniqueCallback
@@ -26,6 +27,27 @@ class ScaleCallback(TechniqueCallback[QATTechniqueT]):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             wrap_method(pl_module, "configure_optimizers", self, self._configure_optimizers)
+
+    def _attach(self, pl_module: LightningModule, may_be_empty: bool) -> None:
+        known = len(self.technique.attention)
+        super()._attach(pl_module, may_be_empty)
+        taken, left = self.technique.attention, self.technique.attention_left
+        settings = self.technique.settings
+        if settings.attention_bits is None or (len(taken) == known and taken):
+            return
+        if taken:
+            soft = settings.attention_bits if settings.softmax_bits is None else settings.softmax_bits
+            rank_zero_info(
+                f"{type(self).__name__}: attention of {len(taken)} modules in {settings.attention_bits} bits, softmax "
+                f"in {soft}" + "".join(f"\n{name}: left out, {why}" for name, why in left.items())
+            )
+        elif not may_be_empty:
+            name, why = next(iter(left.items()), ("the model", "no module calls F.scaled_dot_product_attention"))
+            raise LossplugError(
+                f"no attention can be quantised: {why}",
+                where=f"{type(self).__name__}: {name}",
+                remedy="Set attention_bits to null, or let a module's forward call that function",
+            )
 
     def _configure_optimizers(self, inner: Any) -> Any:
         settings = self.technique.settings
@@ -90,6 +112,12 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         scale_lr: Learning rate of the scales, as a factor of their layer's.
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own, in the optimizers that ``configure_optimizers`` builds.
+        attention_bits: Bits of the queries, keys and values of every attention module whose ``forward`` calls
+            ``F.scaled_dot_product_attention`` (timm, transformers with ``sdpa``, your own), 1 to 8 (1 are signs); null
+            leaves attention as it is. ``exclude`` counts here, ``include`` doesn't. While the module runs, the fused
+            kernel is replaced by an explicit softmax, which takes memory for the probabilities. Folding takes these
+            quantisers off.
+        softmax_bits: Bits of the probabilities, 1 to 8; null: as ``attention_bits``. 1 is BiViT's binary attention.
 
     Raises:
         LossplugError: Bits out of range, unknown quantisers or options, layers the granularity doesn't fit.
@@ -113,6 +141,8 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         scale_lr: float = 1.0,
         scale_weight_decay: float = 0.0,
         scale_group: bool = True,
+        attention_bits: int | None = None,
+        softmax_bits: int | None = None,
     ) -> None:
         settings = QATSettings(
             bits_w=bits_w,
@@ -131,5 +161,7 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
             scale_lr=scale_lr,
             scale_weight_decay=scale_weight_decay,
             scale_group=scale_group,
+            attention_bits=attention_bits,
+            softmax_bits=softmax_bits,
         )
         super().__init__(QATTechnique(settings))

@@ -71,6 +71,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         scale_lr: Learning rate of the scales, as a factor of their layer's.
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own.
+        attention_bits: Bits of the queries, keys and values of attention modules; see :class:`QAT`.
+        softmax_bits: Bits of the attention's probabilities; null: as ``attention_bits``.
 
     Raises:
         LossplugError: A value out of range; no learned scale; SAM beside it, manual optimization, sharded parameters.
@@ -108,6 +110,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         scale_lr: float = 1.0,
         scale_weight_decay: float = 0.0,
         scale_group: bool = True,
+        attention_bits: int | None = None,
+        softmax_bits: int | None = None,
     ) -> None:
         settings = GradientAdaptiveSettings(
             bits_w=bits_w,
@@ -139,6 +143,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
             scale_lr=scale_lr,
             scale_weight_decay=scale_weight_decay,
             scale_group=scale_group,
+            attention_bits=attention_bits,
+            softmax_bits=softmax_bits,
         )
         super().__init__(GradientAdaptiveTechnique(settings))
         self._steps: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []  # training_step calls since the last step

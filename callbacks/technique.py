@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.schedules import Progress
+from lightning_lossplug.surgery.attention import attending_layers
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 from lightning_lossplug.surgery.plug import plugged_layers
 from lightning_lossplug.surgery.select import Selection, require_taken
@@ -161,7 +162,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
         def update_parameters(inner: Any, model: Any) -> None:
             inner(model)
             live = dict(model.named_modules())
-            for name, layer in plugged_layers(average.module):
+            for name, layer in (*plugged_layers(average.module), *attending_layers(average.module)):
                 for theirs, ours in zip(layer.buffers(), live[name].buffers(), strict=True):
                     theirs.copy_(ours)
                 for path, transform in layer.named_modules():

@@ -33,6 +33,8 @@ _EXPORTS: dict[str, tuple[str, dict[str, str]]] = {
     "load_packed": ("packed", {}),
     "save_compressed": ("compressed", {"transformers": "transformers"}),
     "export_onnx_qdq": ("onnx_qdq", {}),
+    "torchao_model": ("torchao_weights", {}),
+    "save_bitsandbytes": ("bitsandbytes_modules", {"transformers": "transformers"}),
     "timm_teacher": ("teachers", {}),
     "hf_teacher": ("teachers", {}),
     "checkpoint_teacher": ("teachers", {}),
@@ -62,6 +64,8 @@ for _name, _function in (
     ("packed", "save_packed"),
     ("compressed_tensors", "save_compressed"),
     ("onnx_qdq", "export_onnx_qdq"),
+    ("bitsandbytes", "save_bitsandbytes"),
+    ("torchao", "torchao_model"),
 ):
     register_path("exporter", _name, f"{__name__}.{_function}", family="quantisation")
 for _name in ("timm", "hf", "checkpoint", "artifact"):

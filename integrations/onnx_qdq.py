@@ -15,6 +15,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.export.onnx_file import OnnxCheck, export_onnx
 from lightning_lossplug.quantization.integer import integer_layer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
+from lightning_lossplug.surgery.attention import attending_layers, unplug_attention
 from lightning_lossplug.surgery.plug import plugged_layers
 
 
@@ -30,7 +31,8 @@ def export_onnx_qdq(
 
     Codes and scales are those of the trained model; weights of fewer bits travel as int8 codes, inputs of fewer bits
     are clipped where their codes end. ONNX Runtime and TensorRT turn such pairs into integer products where they have
-    them. The outputs are compared with torch's in ONNX Runtime; a value between two codes may go either way.
+    them. The outputs are compared with torch's in ONNX Runtime; a value between two codes may go either way. Attention
+    whose operands were quantised in training is exported in floating point.
 
     Args:
         model: With layers whose weights and inputs are quantised; called as ``model(**inputs)``.
@@ -47,6 +49,8 @@ def export_onnx_qdq(
     layers = list(plugged_layers(twin))
     if not layers:
         raise LossplugError("the model has no quantised layer", where="export_onnx_qdq", remedy="Train it with QAT")
+    for _, module in list(attending_layers(twin)):
+        unplug_attention(module)
     for name, layer in layers:
         found = integer_layer(layer, name, "reference")
         if isinstance(found, str):

@@ -29,7 +29,7 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has
     one, ``p.zero_point``; the static step of a layer's input is ``p.input_scale``. Every other tensor of the folded
     model keeps its key. Weights whose quantiser has no integer codes (floating formats, several bases) are written
-    folded.
+    folded; attention whose operands were quantised in training is in floating point in the model that is loaded.
 
     Args:
         model: A module with plugged layers; it stays as it is.
@@ -120,22 +120,34 @@ def _load(
     dense = {key: value for key, value in tensors.items() if key in state}
     used = set(dense)
     whole: dict[str, IntegerLayer] = {}
-    for key, entry in layers.items():
-        if key not in state or list(state[key].shape) != entry["shape"]:
+    shapes = {key: list(value.shape) for key, value in dense.items()}
+    for key, shape in ({key: entry.get("shape") for key, entry in layers.items()} | shapes).items():
+        if key not in state or list(state[key].shape) != shape:
             have = list(state[key].shape) if key in state else "no such weight"
             raise LossplugError(
-                f"the file has a weight of shape {entry['shape']}, the module {have}",
+                f"the file has a weight of shape {shape}, the module {have}",
                 where=f"{path}: {key}",
                 remedy="Build the module with the arguments of the run that wrote it",
             )
-        codes = _codes(tensors, key, entry, path)
+    for key, entry in layers.items():
         used |= {k for k in tensors if k.rpartition(".")[0] == key}
-        layout = Layout(entry["per_channel"], entry["group_size"], entry["axis"])
-        value = layout.arrange(codes.codes).float()
-        value = (value if codes.zero_point is None else value - codes.zero_point) * codes.scale
-        dense[key] = layout.restore(value, entry["shape"])
-        if integers and "bounds" in entry:
-            whole[key.rpartition(".")[0]] = _layer(module, key, entry, codes, tensors)
+        try:
+            codes = _codes(tensors, key, entry, path)
+            layout = Layout(entry["per_channel"], entry["group_size"], entry["axis"])
+            value = layout.arrange(codes.codes).float()
+            value = (value if codes.zero_point is None else value - codes.zero_point) * codes.scale
+            dense[key] = layout.restore(value, entry["shape"])
+            if integers and "bounds" in entry:
+                whole[key.rpartition(".")[0]] = _layer(module, key, entry, codes, tensors, path)
+        except LossplugError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            raise LossplugError(
+                f"its description doesn't fit its tensors ({reason}): the file is corrupt",
+                where=f"{path}: {key}",
+                remedy="Write it again with save_packed",
+            ) from None
     wrong = sorted({*state} - {*dense}) or sorted({*tensors} - used)
     if wrong:
         kind = "lacks" if wrong[0] in state else "holds besides"
@@ -169,11 +181,13 @@ def _codes(tensors: dict[str, Tensor], key: str, entry: dict[str, Any], path: st
 
 
 def _layer(
-    module: nn.Module, key: str, entry: dict[str, Any], codes: Codes, tensors: dict[str, Tensor]
+    module: nn.Module, key: str, entry: dict[str, Any], codes: Codes, tensors: dict[str, Tensor], path: str | Path
 ) -> IntegerLayer:
     layer: Any = module.get_submodule(key.rpartition(".")[0])
     bounds = (int(entry["bounds"][0]), int(entry["bounds"][1]))
     scale = tensors[f"{key}.input_scale"]
+    if not bool((scale > 0).all()):
+        raise LossplugError("the input's scale is not above 0: the file is corrupt", where=f"{path}: {key}")
     return IntegerLayer(codes.codes, codes.scale, layer.bias, bounds, scale, entry["zero"], entry["convolution"])
 
 
@@ -189,6 +203,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             where=str(path),
             remedy="Export or download it again",
         )
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise LossplugError("a value is NaN or infinite: the file is corrupt", where=f"{path}: {key}")
     with reading(path, "its header"):
         return tensors, {key: _entry(entry, path) for key, entry in header["layers"].items()}
 

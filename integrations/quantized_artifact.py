@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError, suggestion
 from lightning_lossplug.export.folder import artifact_folder, write_manifest
 from lightning_lossplug.integrations.artifact_files import ONNX, example_inputs, onnx_module
+from lightning_lossplug.integrations.bitsandbytes_modules import Kind, save_bitsandbytes
 from lightning_lossplug.integrations.compressed import save_compressed
 from lightning_lossplug.integrations.network import Network, find_network
 from lightning_lossplug.integrations.onnx_qdq import export_onnx_qdq
 from lightning_lossplug.integrations.packed import save_packed
+from lightning_lossplug.surgery.attention import attending_layers
 from lightning_lossplug.surgery.plug import fold
 
-Format = Literal["packed", "compressed_tensors", "onnx_qdq"]
-FORMATS: tuple[str, ...] = ("packed", "compressed_tensors", "onnx_qdq")
+Format = Literal["packed", "compressed_tensors", "onnx_qdq", "bitsandbytes_int8", "bitsandbytes_nf4"]
+FORMATS: tuple[str, ...] = get_args(Format)
 PACKED = "model.safetensors"
 
 
@@ -39,14 +41,17 @@ def export_quantized(
         module: A LightningModule or a network with quantised layers.
         output: The folder.
         format: ``packed`` (codes without gaps, read by ``integrations.packed.load_packed``), ``compressed_tensors``
-            (transformers and vLLM) or ``onnx_qdq`` (ONNX Runtime, TensorRT).
+            (transformers and vLLM), ``onnx_qdq`` (ONNX Runtime, TensorRT), ``bitsandbytes_int8`` or
+            ``bitsandbytes_nf4`` (transformers; see :func:`save_bitsandbytes` for what changes).
         overwrite: Whether to replace an artifact that is there.
         network: Path of the sub-module to export; None finds it.
-        tokenizer: Saved beside a transformers model in ``compressed_tensors``.
+        tokenizer: Saved beside a transformers model in ``compressed_tensors`` and the bitsandbytes formats.
         inputs: Example tensors by argument name for ``onnx_qdq``; None makes them for timm and transformers models.
 
     Returns:
-        ``format``, ``class``, ``bytes`` of the file, ``folder`` and ``load``, a line that loads it.
+        ``format``, ``class``, ``bytes`` of the file, ``folder``, ``load``, a line that loads it, and
+        ``float_attention``, the number of attention modules whose operands were quantised in training and are not in
+        the folder's model: none of the formats has a place for them.
 
     Raises:
         LossplugError: Another format, nothing quantised, or what the format has no form for.
@@ -55,6 +60,19 @@ def export_quantized(
         raise LossplugError(f"there is no format {format!r}", where="export", remedy=suggestion(format, FORMATS))
     output, found = Path(output), find_network(module, network)
     manifest: dict[str, Any] = {"format": format, "class": type(found.module).__name__, "folder": str(output)}
+    manifest["float_attention"] = sum(1 for _ in attending_layers(found.module))
+    if format.startswith("bitsandbytes"):
+        kind: Kind = "int8" if format == "bitsandbytes_int8" else "nf4"
+        made = save_bitsandbytes(found.module, output, kind, tokenizer=tokenizer, overwrite=overwrite)
+        return {
+            **manifest,
+            "bytes": made["bytes"],
+            "layers": len(made["layers"]),
+            "exact_layers": sum(entry["exact"] for entry in made["layers"].values()),
+            "largest_error": max(entry["error"] for entry in made["layers"].values()),
+            "dropped_input_steps": len(made["inputs"]),
+            "load": f'AutoModelForCausalLM.from_pretrained("{output}")  # pip install bitsandbytes',
+        }
     if format == "compressed_tensors":
         written = save_compressed(found.module, output, tokenizer=tokenizer, overwrite=overwrite)
         load = f'AutoModelForCausalLM.from_pretrained("{output}")  # pip install compressed-tensors'

@@ -44,9 +44,10 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("dense", "packed", "compressed_tensors", "onnx_qdq"),
+        choices=("dense", "packed", "compressed_tensors", "onnx_qdq", "bitsandbytes_int8", "bitsandbytes_nf4"),
         default="dense",
-        help="of a quantised run: packed codes, the layout of vLLM, or ONNX with integer weights; default: dense",
+        help="of a quantised run: packed codes, the layout of vLLM, ONNX with integer weights, or bitsandbytes "
+        "modules for transformers (also of a plain model); default: dense",
     )
     parser.add_argument("--json", action="store_true", help="print the manifest instead of a table")
     options = parser.parse_args(arguments)
@@ -170,6 +171,15 @@ def _print_quantized(manifest: dict[str, Any]) -> None:
         rows.append(("their codes and scales", bytes_text(manifest["codes_and_scales"])))
     if "max_difference" in manifest:
         rows.append(("ONNX Runtime", f"at most {manifest['max_difference']:.1e} from torch"))
+    if "exact_layers" in manifest:
+        kept, count = manifest["exact_layers"], manifest["layers"]
+        rows.append(("layers", f"{count}, {kept} with the trained codes"))
+        if kept < count:
+            rows.append(("rounded again", f"{count - kept}, a weight changes by up to {manifest['largest_error']:.2%}"))
+        if dropped := manifest["dropped_input_steps"]:
+            rows.append(("trained input steps", f"dropped in {dropped} layers: bitsandbytes has none"))
+    if manifest["float_attention"]:
+        rows.append(("attention", f"of {manifest['float_attention']} modules in floating point: no place for it"))
     out = console()
     out.print(table(f"exported to {plain(manifest['folder'])}", ["", ""], rows))
     out.print(f"  {manifest['load']}", soft_wrap=True, markup=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_lossplug.quantization.adapt import adapt, gradient_diversity, push_down, push_up
 from lightning_lossplug.quantization.affine import Affine
+from lightning_lossplug.quantization.attention import AttentionQuant, binary_weights, explicit_attention
 from lightning_lossplug.quantization.base import Codes, Quantizer, paused
 from lightning_lossplug.quantization.binary import (
     TBT,
@@ -68,6 +69,7 @@ __all__ = [
     "PACT",
     "TBT",
     "Affine",
+    "AttentionQuant",
     "BiPer",
     "BiViT",
     "BinaryDM",
@@ -95,6 +97,7 @@ __all__ = [
     "affine_parameters",
     "allocate_bits",
     "binary_kernels",
+    "binary_weights",
     "binarydm",
     "biper",
     "bits_for",
@@ -106,6 +109,7 @@ __all__ = [
     "dorefa",
     "dorefa_activation",
     "ewgs",
+    "explicit_attention",
     "fake_quant",
     "fp_quant",
     "fp_training_loss",

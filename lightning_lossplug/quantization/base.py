@@ -182,7 +182,8 @@ class Quantizer(nn.Module, ABC):
                 "no training batch has set its scales yet", where=self.where, remedy="Train, or run a calibration batch"
             )
         for name in self.positive:
-            bad = int((~(self.get_parameter(name) > EPS)).sum())
+            scale = self.get_parameter(name)
+            bad = int((~((scale > EPS) & scale.isfinite())).sum())
             if bad:
                 raise LossplugError(
                     f"{bad} of {self.get_parameter(name).numel()} values of {name} are zero, negative or not finite",

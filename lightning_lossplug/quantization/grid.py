@@ -28,7 +28,7 @@ def check_range(where: str, name: str, value: float, low: float, high: float = m
 
 def check_bits(where: str, bits: float, low: int, high: int, remedy: str | None = None) -> int:
     """Returns ``bits``, or raises unless it is a whole number in [low, high]."""
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or int(bits) != bits or not low <= bits <= high:
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not low <= bits <= high or int(bits) != bits:
         raise LossplugError(f"bits is {bits!r}, allowed is {low} to {high}", where=where, remedy=remedy)
     return int(bits)
 

@@ -93,8 +93,8 @@ def integer_model(
 
     The copy is in eval mode and computes what the QAT model computes in eval mode: each layer up to float32 rounding
     (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
-    Layers without an integer form stay as they are, fake-quantised. ``made.bfloat16()`` runs what is left of floating
-    point in bfloat16; scales stay float32.
+    Layers without an integer form, and quantised attention, stay as they are, fake-quantised. ``made.bfloat16()`` runs
+    what is left of floating point in bfloat16; scales stay float32.
 
     Args:
         model: A module with plugged layers, on the CPU for the fast kernels.

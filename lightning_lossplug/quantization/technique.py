@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -11,13 +14,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.quantization.attention import AttentionQuant, Probabilities
 from lightning_lossplug.quantization.base import Quantizer
-from lightning_lossplug.quantization.grid import EPS, check_choice, check_range
+from lightning_lossplug.quantization.bivit import BiViT
+from lightning_lossplug.quantization.grid import EPS, check_bits, check_choice, check_range
 from lightning_lossplug.quantization.self_compress import SelfCompress
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import Progress
-from lightning_lossplug.surgery.plug import latent, plug, plug_input, transform_of, unplug, unplug_input
+from lightning_lossplug.surgery.attention import find_attention, plug_attention, unplug_attention
+from lightning_lossplug.surgery.plug import (
+    is_transform_key,
+    latent,
+    plug,
+    plug_input,
+    transform_of,
+    unplug,
+    unplug_input,
+)
 from lightning_lossplug.surgery.select import (
     Candidate,
     Choice,
@@ -57,6 +71,9 @@ class QATSettings:
         scale_weight_decay: Weight decay of the scales.
         scale_group: Give scales optimizer groups of their own; without it they stay where the user put them, with
             that group's options.
+        attention_bits: Bits of the queries, keys and values that enter the products of attention modules, 1 to 8 (1
+            are signs); None leaves attention as it is.
+        softmax_bits: Bits of the attention's probabilities, 1 to 8 (1 is BiViT's); None: as ``attention_bits``.
     """
 
     bits_w: float | None = 8
@@ -75,6 +92,8 @@ class QATSettings:
     scale_lr: float = 1.0
     scale_weight_decay: float = 0.0
     scale_group: bool = True
+    attention_bits: int | None = None
+    softmax_bits: int | None = None
 
     def __post_init__(self) -> None:
         where = "QAT"
@@ -89,11 +108,21 @@ class QATSettings:
         for name in ("scale_lr", "scale_weight_decay"):
             check_range(where, name, getattr(self, name), 0)
         check_range(where, "init_batches", self.init_batches, 1)
+        if self.first_last_bits is not None:
+            check_range(where, "first_last_bits", self.first_last_bits, 1, 8)
         for bits_w, bits_a in self.patterns().values():
             if bits_w is None and bits_a is None:
                 raise LossplugError("nothing is to be quantised", where=where, remedy="Give bits_w, bits_a or both")
             self.build(bits_w, "weight")  # a wrong value is an error now, not when the Trainer starts
             self.build(bits_a, "activation")
+        if self.attention_bits is not None:
+            self.build_attention()
+        elif self.softmax_bits is not None:
+            raise LossplugError(
+                f"softmax_bits is {self.softmax_bits} and attention_bits null",
+                where=where,
+                remedy="Give attention_bits",
+            )
 
     def patterns(self) -> dict[str, tuple[float | None, float | None]]:
         """Returns ``{glob: (bits of the weights, bits of the inputs)}``."""
@@ -118,6 +147,9 @@ class QATSettings:
         """
         if bits is None:
             return None
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not math.isfinite(bits):
+            allowed = "1, 1.58 or 2 to 8" if role == "weight" else "2 to 8"
+            raise LossplugError(f"the bits of {_plural(role)} are {bits!r}, allowed is {allowed}", where="QAT")
         chosen = self.weight or ("paretoq" if bits <= 2 else "lsq") if role == "weight" else self.activation
         entry = registry.get("quantizer", chosen if own else "lsq")
         if role not in entry.facts["roles"]:
@@ -140,6 +172,31 @@ class QATSettings:
                 remedy=f"Set the bits of {_plural(role)} to {quantizer.bits}, or other {role}_options",
             )
         return quantizer
+
+    def build_attention(self) -> AttentionQuant:
+        """Builds the quantisers of one attention module.
+
+        Raises:
+            LossplugError: Bits out of range.
+        """
+        bits = check_bits("QAT", self.attention_bits or 0, 1, 8)
+        soft = check_bits("QAT", bits if self.softmax_bits is None else self.softmax_bits, 1, 8)
+        own = self.fits(bits, "activation")
+        operands: list[Any]
+        if bits == 1:
+            operands = [BiViT(role="activation") for _ in range(3)]
+        else:  # the values are summed over the axis of tokens, which is where a block format has its blocks
+            operands = [self.build(bits, "activation", block_axis=axis, own=own) for axis in (-1, -1, -2)]
+        query, key, value = operands
+        return AttentionQuant(query, key, value, Probabilities(soft, self.init_batches) if soft > 1 else None)
+
+    def fits(self, bits: float, role: str) -> bool:
+        """Whether the quantiser of the settings can have these bits."""
+        try:
+            self.build(bits, role)
+        except LossplugError:  # the first and last layers of a 2-bit network, say: its quantiser has no 8 bits
+            return False
+        return True
 
 
 def _plural(role: str) -> str:
@@ -179,6 +236,15 @@ class QuantLayer:
         return latent(self.candidate.layer, self.candidate.parameter)
 
 
+@dataclass
+class AttendedModule:
+    """One attention module with quantised operands."""
+
+    module: nn.Module
+    transform: AttentionQuant
+    owner: nn.Parameter  # the optimizer that has it gets the scales
+
+
 SettingsT = TypeVar("SettingsT", bound=QATSettings)
 
 
@@ -194,6 +260,8 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
     def __init__(self, settings: SettingsT) -> None:
         super().__init__(settings)
         self.layers: dict[str, QuantLayer] = {}
+        self.attention: dict[str, AttendedModule] = {}
+        self.attention_left: dict[str, str] = {}  # attention modules that stay as they are, and why
         self.trained = False
         self._before: list[tuple[nn.Parameter, Tensor]] = []  # scales and their values before the step
 
@@ -215,7 +283,29 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
         paying = [layer.weight for layer in self.layers.values() if isinstance(layer.weight, SelfCompress)]
         for quantizer in paying:
             quantizer.total_weights = sum(each.own_weights for each in paying)
+        if self.settings.attention_bits is not None:
+            self._plug_attention(model)
         return selection
+
+    def _plug_attention(self, model: nn.Module) -> None:
+        for name, (module, reason) in find_attention(model).items():
+            known = self.attention.get(name)
+            if known is not None and known.module is module:
+                continue
+            parameters = ((key, p) for key, p in module.named_parameters() if not is_transform_key(key))
+            owner = next((p for _, p in parameters if p.is_floating_point()), None)
+            if any(fnmatchcase(name, glob) for glob in self.settings.exclude):
+                reason = "excluded"
+            elif owner is None:
+                reason = reason or "it has no parameter beside which an optimizer could hold its scales"
+            if reason is not None or owner is None:
+                self.attention_left[name] = str(reason)
+                continue
+            transform = self.settings.build_attention()
+            for operand, quantizer in transform.quantizers():
+                quantizer.where = f"{name} ({operand})"
+            plug_attention(module, transform, where=name)
+            self.attention[name] = AttendedModule(module, transform, owner)
 
     def _check(self, candidate: Candidate) -> str | None:
         weight = latent(candidate.layer, candidate.parameter)
@@ -243,8 +333,8 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
 
     def _plug(self, model: nn.Module, candidate: Candidate, bits_w: float | None, bits_a: float | None) -> QuantLayer:
         settings, layer, reduction = self.settings, candidate.layer, candidate.reduction_axis
-        own_w = bits_w is None or self._fits(bits_w, "weight")
-        own_a = bits_a is None or self._fits(bits_a, "activation")
+        own_w = bits_w is None or settings.fits(bits_w, "weight")
+        own_a = bits_a is None or settings.fits(bits_a, "activation")
         weight = settings.build(
             bits_w,
             "weight",
@@ -277,27 +367,25 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
             plug_input(layer, QuantTransform(activation), where=candidate.name)
         return QuantLayer(candidate, weight, activation, twins)
 
-    def _fits(self, bits: float, role: str) -> bool:
-        try:
-            self.settings.build(bits, role)
-        except LossplugError:  # the first and last layers of a 2-bit network, say: its quantiser has no 8 bits
-            return False
-        return True
+    def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        """Yields ``(name, quantiser)`` of every weight, input and operand of attention."""
+        for layer in self.layers.values():
+            yield from layer.quantizers()
+        for name, attended in self.attention.items():
+            for operand, quantizer in attended.transform.quantizers():
+                yield f"{name}.{operand}", quantizer
 
     def owners(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
         """Returns the weight and the trainable scales of every layer."""
-        found = []
-        for layer in self.layers.values():
-            scales = [p for _, q in layer.quantizers() for p in q.parameters() if p.requires_grad]
-            found.append((layer.latent, scales))
-        return found
+        found = [(layer.latent, [q for _, q in layer.quantizers()]) for layer in self.layers.values()]
+        found += [(a.owner, [q for _, q in a.transform.quantizers()]) for a in self.attention.values()]
+        return [(owner, [p for q in made for p in q.parameters() if p.requires_grad]) for owner, made in found]
 
     def named_scales(self) -> dict[str, nn.Parameter]:
         """Returns every trainable scale by the name of its layer."""
         return {
             f"{name}.{key}": parameter
-            for layer in self.layers.values()
-            for name, quantizer in layer.quantizers()
+            for name, quantizer in self.quantizers()
             for key, parameter in quantizer.named_parameters()
             if parameter.requires_grad
         }
@@ -308,9 +396,8 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
             self._check_stack()
         self.trained = self.trained or progress.step > 0
         fraction = progress.fraction if progress.total_steps is not None else 0.0
-        for layer in self.layers.values():
-            for _, quantizer in layer.quantizers():
-                quantizer.advance(fraction)
+        for _, quantizer in self.quantizers():
+            quantizer.advance(fraction)
 
     def _check_stack(self) -> None:
         for name, layer in self.layers.items():
@@ -330,14 +417,13 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
         update = self.settings.scale_update
         by_factors = update == "multiplicative" or (update == "auto" and "betas" in optimizer.defaults)
         self._before.clear()
-        for layer in self.layers.values():
-            for _, quantizer in layer.quantizers():
-                if any(id(p) in held for p in quantizer.parameters()):
-                    quantizer.add_gradients(grad_scale)
-                for name in quantizer.positive if by_factors else ():
-                    scale = quantizer.get_parameter(name)
-                    if id(scale) in held and scale.grad is not None:
-                        self._before.append((scale, scale.detach().clone()))
+        for _, quantizer in self.quantizers():
+            if any(id(p) in held for p in quantizer.parameters()):
+                quantizer.add_gradients(grad_scale)
+            for name in quantizer.positive if by_factors else ():
+                scale = quantizer.get_parameter(name)
+                if id(scale) in held and scale.grad is not None:
+                    self._before.append((scale, scale.detach().clone()))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -353,6 +439,9 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
             for owner, parameter in ((candidate.layer, candidate.parameter), *layer.twins):
                 unplug(owner, "quantization", parameter=parameter)
             unplug_input(candidate.layer, "quantization")
+        for attended in self.attention.values():
+            unplug_attention(attended.module)
+        self.attention.clear()
         self.layers.clear()
 
     def reset(self) -> None:
@@ -368,8 +457,7 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
         """Health of the scales: the share that is clamped, and the smallest and largest one."""
         positive = [
             quantizer.get_parameter(name).detach().flatten().float()
-            for layer in self.layers.values()
-            for _, quantizer in layer.quantizers()
+            for _, quantizer in self.quantizers()
             for name in quantizer.positive
             if quantizer.ready
         ]
@@ -385,6 +473,7 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
     def finish(self) -> list[str]:
         """Names quantisers of inputs that no batch has reached."""
         idle = [n for n, layer in self.layers.items() if layer.activation is not None and not layer.activation.ready]
+        idle += [n for n, attended in self.attention.items() if not attended.transform.query.ready]
         if not idle:
             return []
         return [
@@ -394,10 +483,13 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
 
     def state_dict(self) -> dict[str, Any]:
         """What is quantised and to how many bits; scales are parameters of the model."""
-        layers = {
+        layers: dict[str, list[Any]] = {
             name: [layer.weight and layer.weight.bits, layer.activation and layer.activation.bits]
             for name, layer in self.layers.items()
         }
+        for name, attended in self.attention.items():
+            soft = attended.transform.probabilities
+            layers[f"{name} (attention)"] = [attended.transform.query.bits, 1 if soft is None else soft.bits]
         return {"layers": layers, "trained": self.trained}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -58,6 +58,17 @@ class WeightTransform(nn.Module):
             )
 
 
+class SwappedLayer:
+    """Mixin of other classes that a module has for training only; folding gives it its own back."""
+
+    own_stack: ClassVar[str]  # the submodule that came with the class
+
+    def give_back_class(self) -> None:
+        """Makes the module one of its own class again, and takes off what came with the other."""
+        del self._modules[self.own_stack]  # type: ignore[attr-defined]
+        self.__class__ = type(self).__bases__[1]
+
+
 class PluggedLayer:
     """Mixin of every plugged class; ``isinstance(layer, PluggedLayer)`` tells a plugged layer."""
 
@@ -272,7 +283,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Writes every transformed value into its Parameter and gives the layers their plain classes back.
 
     A transform that samples in training (a learned mask) is folded as it is in evaluation.
-    Transforms of inputs have no Parameter to go into: they are taken off.
+    Transforms of inputs and of attention have no Parameter to go into: they are taken off.
 
     Args:
         model: A model with plugged layers.
@@ -300,4 +311,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 unplug(layer, stage, parameter=parameter)
         for stage in STAGES:
             unplug_input(layer, stage)
+    for layer in list(model.modules()):
+        if isinstance(layer, SwappedLayer):
+            layer.give_back_class()
     return model

@@ -40,6 +40,7 @@ VARIANTS = {
     ],
     "2:4 nm_srste, mask every step": lambda: [NMSparsity(2, 4, "nm_srste")],
     "QAT W8A8": lambda: [QAT(8, 8)],
+    "QAT W8A8, attention in 8 bits": lambda: [QAT(8, 8, attention_bits=8)],
     "GradientAdaptiveQAT W4A4": lambda: [GradientAdaptiveQAT(4, 4)],
     "2:4 nm_srste, mask every 10 steps": lambda: [NMSparsity(2, 4, "nm_srste", mask_update_every=10)],
     "2:4 mdgf_linear, mask every step": lambda: [NMSparsity(2, 4, "mdgf_linear", dense_fraction=0.0)],
@@ -52,6 +53,57 @@ VARIANTS = {
     "2:4 sdgf_geometric, mask every step": lambda: [NMSparsity(2, 4, "sdgf_geometric", dense_fraction=0.0)],
 }
 WARM_UP = 2
+
+
+class Converted(pl.Callback):
+    """Another library's QAT: its own conversion of the network, in setup."""
+
+    def __init__(self, convert):
+        self.convert = convert
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.model = self.convert(pl_module.model)
+
+
+def torchao_qat(network):
+    """Fake quantisers of torchao (8 bits, weights per channel, inputs per token) in every linear layer."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int8, "per_channel")
+    quantize_(network, QATConfig(activation_config=inputs, weight_config=weights, step="prepare"))
+    return network
+
+
+def brevitas_qat(network):
+    """Brevitas' quantised linear layers and convolutions, 8 bits, with its default quantisers of weights and inputs."""
+    from brevitas import nn as quantised
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    for name, layer in list(network.named_modules()):
+        parent, _, child = name.rpartition(".")
+        options = {"weight_quant": Int8WeightPerChannelFloat, "input_quant": Int8ActPerTensorFloat}
+        if type(layer) is torch.nn.Linear:
+            made = quantised.QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, **options)
+        elif type(layer) is torch.nn.Conv2d:
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+            shape = {key: getattr(layer, key) for key in names}
+            made = quantised.QuantConv2d(**shape, bias=layer.bias is not None, **options)
+        else:
+            continue
+        made.load_state_dict(layer.state_dict(), strict=False)
+        setattr(network.get_submodule(parent), child, made)
+    return network
+
+
+# Where they import, which is not in the environment of the tests:
+#   pip install --no-deps --target /tmp/others torchao brevitas dependencies unfoldnd
+#   OMP_NUM_THREADS=2 PYTHONPATH=/tmp/others python tests/benchmarks/bench_step.py --others --variants QAT
+OTHERS = {
+    "torchao QAT W8A8 (linear layers only)": lambda: [Converted(torchao_qat)],
+    "Brevitas QAT W8A8": lambda: [Converted(brevitas_qat)],
+}
 
 
 class Start(pl.Callback):
@@ -177,11 +229,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "resnet18"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--others", action="store_true", help="with the QAT of torchao and Brevitas, where they import")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", default=None)
     parser.add_argument("--variants", nargs="+", default=None, help="words of the variants' names; default: all")
     arguments = parser.parse_args()
     words = arguments.variants or [""]
+    if arguments.others:
+        VARIANTS.update(OTHERS)
     variants = [name for name in VARIANTS if any(word in name for word in words)]
     quiet()
     results = []

@@ -64,6 +64,7 @@ def test_mistakes(quantised, checkpoint, tmp_path):
         assert not (tmp_path / "b").exists()
         return done.err
 
-    assert "is no transformers model" in failed(quantised, "--format", "compressed_tensors")
+    for format in ("compressed_tensors", "bitsandbytes_int8", "bitsandbytes_nf4"):
+        assert "is no transformers model" in failed(quantised, "--format", format)
     assert "--masks and --onnx belong to dense weights" in failed(quantised, "--format", "packed", "--onnx")
     assert "no weight with integer codes" in failed(checkpoint, "--format", "packed")

@@ -22,7 +22,7 @@ def test_two_ranks(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    for name in ("qat", "gaqat"):
+    for name in ("qat", "gaqat", "attention"):
         for key, value in one[name].items():
             assert torch.equal(value, two[name][key]), key
             assert value.isfinite().all()
@@ -30,3 +30,4 @@ def test_two_ranks(tmp_path):
         assert torch.equal(one["gate"][name], two["gate"][name])
     assert one["gate"]["fill"] == two["gate"]["fill"] == 0
     assert any(key.endswith("input_transforms.quantization.quantizer.s") for key in one["qat"])
+    assert any(key.endswith("attention_transforms.quantization.key.s") for key in one["attention"])

@@ -25,6 +25,23 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class Attending(Net):
+    """The same on four tokens, with attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Unflatten(1, (4, 4)), Attention(), nn.Flatten(), nn.Linear(16, 4))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
 class Data(pl.LightningDataModule):
     """Rank 1 sees values three times as large, so that scales set from its own batch would differ."""
 
@@ -37,8 +54,8 @@ class Data(pl.LightningDataModule):
         return DataLoader(data, 4, sampler=DistributedSampler(data, shuffle=False))
 
 
-def fit(callback, **options):
-    module = Net()
+def fit(callback, kind=Net, **options):
+    module = kind()
     pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -60,6 +77,7 @@ if __name__ == "__main__":
     found = {}
     plain = fit(QAT(4, 4))
     found["qat"] = plain.net.state_dict()
+    found["attention"] = fit(QAT(4, 4, attention_bits=4), Attending).net.state_dict()
     gaqat = GradientAdaptiveQAT(4, 4, disorder_window=8, disorder_threshold=0.4)
     module = fit(gaqat, accumulate_grad_batches=2)
     found["gaqat"] = module.net.state_dict()

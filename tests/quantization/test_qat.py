@@ -358,6 +358,11 @@ def test_an_exception_leaves_no_patch():
     ("call", "message"),
     [
         (lambda: QAT(9), "bits is 9, allowed is 2 to 8"),
+        (lambda: QAT("8"), "the bits of weights are '8', allowed is 1, 1.58 or 2 to 8"),
+        (lambda: QAT(float("nan")), "the bits of weights are nan"),
+        (lambda: QAT(8, True), "the bits of inputs are True, allowed is 2 to 8"),
+        (lambda: QAT(8, 8, first_last_bits=17), r"first_last_bits is 17, allowed is \[1, 8\]"),
+        (lambda: create("lsq", bits=float("inf")), "bits is inf, allowed is 2 to 8"),
         (lambda: QAT(4, 1), "bits is 1.*allowed is 2 to 8"),
         (lambda: QAT(None, None), "nothing is to be quantised"),
         (lambda: QAT(weight="lsqq"), "unknown quantizer 'lsqq'"),
