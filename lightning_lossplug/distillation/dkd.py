@@ -25,7 +25,9 @@ class DKD(LogitLoss):
 
     TCKD is the KL of (target, rest), NCKD the KL of the distributions over the classes that are not the target. KL of
     all classes is :math:`TCKD + (1 - p_y) NCKD`: a confident teacher hides NCKD there, ``beta`` brings it back. The
-    warm-up of the paper (20 epochs) is a schedule of the weight: ``Linear(0, 1, finish=20, unit="epochs")``.
+    warm-up of the paper (20 epochs) is a schedule of the weight: ``Linear(0, 1, finish=20, unit="epochs")``. At the
+    logits its gradient can be T times ``beta`` (32) times that of a cross-entropy: where training diverges, clip
+    gradients or lower the learning rate.
 
     Use it where the teacher is confident: beta 8 on CIFAR-100, 0.5 to 2 with T = 1 on ImageNet.
 
