@@ -70,6 +70,7 @@ class ExactResume(Callback):
         # into the place of state_dict(), which is not given the Trainer: Lightning then reports a resume without this
         # callback
         checkpoint["callbacks"][self.state_key] = {"device": pl_module.device.type, "ranks": ranks}
+        _count_the_epoch(checkpoint["loops"]["fit_loop"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run left, and makes checkpoint files safe."""
@@ -114,6 +115,20 @@ class ExactResume(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same after an exception, when ``teardown`` is not called."""
         self._clean_up(trainer)
+
+
+def _count_the_epoch(loops: dict[str, Any]) -> None:
+    """Counts the epoch that is under way as begun, in the saved progress of the loops.
+
+    Lightning 2.6 forgets to in a run that was resumed at the end of the epoch before. From a checkpoint of that run's
+    last batch it would train the epoch once more.
+    """
+    batches = loops["epoch_loop.batch_progress"]["total"]
+    if batches["completed"] == batches["processed"] - 1:  # saved at the end of a batch
+        for epochs in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+            if epochs["ready"] == epochs["processed"]:
+                epochs["ready"] += 1
+                epochs["started"] += 1
 
 
 def _verified(inner: Callable[..., Any], checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
