@@ -78,7 +78,7 @@ class ASTAdamW(MaskedAdamW):
         updates = exp_avgs
         if self.pull:
             pulls = [factors(row, weight, 0.0, self.pull) for row, weight in zip(bits, weights, strict=True)]
-            updates = torch._foreach_addcmul(exp_avgs, weights, pulls)
+            updates = list(torch._foreach_addcmul(exp_avgs, weights, pulls))
         squared = updates if self.variance == "update" else grads
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, squared, squared, 1 - beta2)

@@ -55,7 +55,7 @@ class _Pass:
                 tensor.dtype == value.dtype
                 and tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
             ):
-                return _Note(read, tensor.size(), tensor.stride(), tensor.storage_offset())
+                return _Note(read, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor
 
 
