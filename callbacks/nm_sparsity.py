@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.sparsity.sharding import is_sharded
+from lightning_lossplug.sparsity.sharding import in_tensor_parallel, is_sharded
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
 
 
@@ -23,9 +23,9 @@ class NMSparsity(TechniqueCallback[NMTechnique]):
         n: Weights kept in every group.
         m: Group size along the reduction axis; has to divide the axis of every selected layer.
         recipe: ``nm_oneshot``, ``nm_ste``, ``nm_srste``, ``mdgf_linear``, ``mdgf_exponential``, ``sdgf_stepwise``,
-            ``sdgf_geometric``, ``nm_sste``, ``nm_transposable``, ``nm_bimask``, ``nm_tsrste`` (ends dense) or
-            ``nm_maskllm`` (weights frozen); with an optimizer of their own ``nm_step`` (``STEPAdamW``) and ``nm_ast``
-            (``ASTAdamW``).
+            ``sdgf_geometric``, ``nm_sste``, ``nm_cast``, ``nm_transposable``, ``nm_bimask``, ``nm_tsrste`` (ends
+            dense) or ``nm_maskllm`` (weights frozen); with an optimizer of their own ``nm_step`` (``STEPAdamW``) and
+            ``nm_ast`` (``ASTAdamW``).
         include: Glob patterns of layer paths; None takes every product but embeddings, the output layer, the first
             convolution and depthwise convolutions. A mapping gives every pattern its own pattern:
             ``{"*.mlp.*": "1:16", "*.attn.*": "2:4"}``.
@@ -138,9 +138,15 @@ class NMSparsity(TechniqueCallback[NMTechnique]):
         super().__init__(NMTechnique(settings))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses parameters of a recipe's own that are sharded: only the weights are gathered for a mask."""
+        """Refuses tensor parallelism, and parameters of a recipe's own that are sharded."""
         super().on_fit_start(trainer, pl_module)
         for name, layer in self.technique.layers.items():
+            if in_tensor_parallel(layer.weight):
+                raise LossplugError(
+                    "tensor parallelism reads the weight past its mask",
+                    where=name,
+                    remedy="Shard by FSDP2 alone (tensor_parallel_size=1), or exclude the layer",
+                )
             if any(is_sharded(p) for p in layer.transform.parameters()):
                 recipe = type(layer.recipe).name
                 raise LossplugError(f"the logits of {recipe} are sharded", where=name, remedy="Use DDP or one device")

@@ -3,11 +3,13 @@
 from lightning_lossplug.sparsity.activation import DensityPenalty, density, find_activations
 from lightning_lossplug.sparsity.activation_ppl import PPLSparsity, ppl_p_sparsity
 from lightning_lossplug.sparsity.activation_threshold import ActivationThresholds
+from lightning_lossplug.sparsity.bits import pack_rows, unpack_rows
 from lightning_lossplug.sparsity.budget import search_patterns
 from lightning_lossplug.sparsity.health import LayerHealth, Settling, mean_health, nm_health
 from lightning_lossplug.sparsity.nm_apply import nm_apply
 from lightning_lossplug.sparsity.nm_ast import NMAST, ASTAdamW, annealed_pull
 from lightning_lossplug.sparsity.nm_bimask import NMBiMask, backward_mask, best_order, bimask_linear
+from lightning_lossplug.sparsity.nm_cast import NMCAST, sign_decay_
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.nm_maskllm import NMMaskLLM, add_prior, nm_patterns, sampled_mask
 from lightning_lossplug.sparsity.nm_sste import NMSSTE, rescale, soft_threshold
@@ -34,6 +36,7 @@ from lightning_lossplug.sparsity.transposable import mvue24, tile_patterns, tran
 
 __all__ = [
     "NMAST",
+    "NMCAST",
     "NMSRSTE",
     "NMSSTE",
     "NMSTE",
@@ -78,6 +81,7 @@ __all__ = [
     "nm_health",
     "nm_mask",
     "nm_patterns",
+    "pack_rows",
     "permutation_search",
     "permute_for_sparsity",
     "ppl_p_sparsity",
@@ -85,11 +89,13 @@ __all__ = [
     "rescale",
     "sampled_mask",
     "search_patterns",
+    "sign_decay_",
     "slorb_output",
     "slorb_start",
     "soft_threshold",
     "tile_patterns",
     "transposable_mask",
+    "unpack_rows",
     "variance_change",
     "wanda_scores",
 ]

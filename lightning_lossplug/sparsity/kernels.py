@@ -32,6 +32,7 @@ def _nm(  # type: ignore[no-untyped-def] # noqa: ANN202
     COMPUTE: tl.constexpr,
     USED: tl.constexpr,
     PULL: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -43,7 +44,13 @@ def _nm(  # type: ignore[no-untyped-def] # noqa: ANN202
     own, other = keys[:, :, None], keys[:, None, :]
     before = (other > own) | ((other == own) & (place[None, None, :] < place[None, :, None]))
     keep = tl.sum(before.to(tl.int32), 2) < N
-    tl.store(mask + at, keep.to(tl.int8), mask=inside)
+    if BITS:  # the entries of a program lie one behind the other
+        each: tl.constexpr = BLOCK * M // 8
+        eight = tl.reshape(keep.to(tl.int32), (each, 8)) << tl.arange(0, 8)[None, :]
+        byte = tl.program_id(0).to(tl.int64) * each + tl.arange(0, each)
+        tl.store(mask + byte, tl.sum(eight, 1).to(tl.uint8), mask=byte < groups * M // 8)
+    else:
+        tl.store(mask + at, keep.to(tl.int8), mask=inside)
     if USED or PULL:
         raw = tl.load(weight + at, mask=inside, other=0.0)
         w = raw.to(COMPUTE)
@@ -73,7 +80,7 @@ def fill(
     Args:
         source: Contiguous ``[G, m, I]``: what orders the entries of a group, by magnitude.
         n: Entries kept.
-        mask: Contiguous bool of the same shape.
+        mask: Contiguous bool of the same shape; or, for I = 1 and a multiple of 8 entries, its bits, uint8.
         weight: The weight, where it isn't ``source`` itself.
         used: Receives ``W (mask + decay (1 - mask))``.
         decay: Factor of pruned entries.
@@ -82,13 +89,14 @@ def fill(
     """
     outer, m, inner = source.shape
     weight = source if weight is None else weight
-    block = max(1, _COMPARISONS // (m * m))
+    packed = mask.dtype == torch.uint8
+    block = max(8 // m if packed and m < 8 else 1, _COMPARISONS // (m * m))
     size = source.element_size()
     groups = outer * inner
     _nm[(triton.cdiv(groups, block),)](
         source,
         weight,
-        mask.view(torch.int8),
+        mask if packed else mask.view(torch.int8),
         mask if used is None else used,
         mask if grad is None else grad,
         groups,
@@ -102,5 +110,6 @@ def fill(
         COMPUTE=tl.float64 if size == 8 else tl.float32,
         USED=used is not None,
         PULL=grad is not None,
+        BITS=packed,
         BLOCK=block,
     )

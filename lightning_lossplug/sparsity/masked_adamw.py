@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.sparsity.bits import flat_bits, pack_rows
 from lightning_lossplug.sparsity.sharding import local
 
 # Entries per operation on a CPU: the five tensors of an update fit the cache, so that only its first pass waits for
@@ -26,7 +27,7 @@ class Together(NamedTuple):
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    masks: list[Tensor]
+    bits: list[Tensor]  # of the masks, each as one row
     steps: list[float]  # taken so far, the coming one included
 
 
@@ -73,7 +74,8 @@ class MaskedAdamW(Optimizer):
         """Says which parameters are masked.
 
         Args:
-            masks: Bool mask (true: kept) of each, of the parameter's own shape.
+            masks: Bool mask (true: kept) of each, of the parameter's own shape, or the bits of it (of this rank's part
+                of it, where the parameter is sharded).
             pull: Strength of the pull on pruned weights at the coming step, for optimizers that have one.
         """
         self.masks, self.pull = dict(masks), pull
@@ -136,14 +138,18 @@ class MaskedAdamW(Optimizer):
             state["step"] += 1
             step = float(state["step"])
             assert p.grad is not None
-            tensors = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"], self.masks[p])]
+            tensors = [local(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            bits = local(self.masks[p])
+            bits = flat_bits(bits if bits.dtype == torch.uint8 else pack_rows(bits), tensors[0].shape)
             if tensors[0].device.type == "cpu":
-                for part in pieces(*tensors):
-                    weight, grad, exp_avg, exp_avg_sq, mask = ([t] for t in part)
-                    yield Together(weight, grad, exp_avg, exp_avg_sq, mask, [step])
+                parts = list(pieces(*tensors))
+                bytes_each = bits.shape[1] if len(parts) == 1 else _PIECE // 8
+                for part, row in zip(parts, bits.split(bytes_each, 1), strict=True):
+                    weight, grad, exp_avg, exp_avg_sq = ([t] for t in part)
+                    yield Together(weight, grad, exp_avg, exp_avg_sq, [row], [step])
                 continue
             kind = kinds.setdefault((p.device, p.dtype), Together([], [], [], [], [], []))
-            for into, tensor in zip(kind[:5], tensors, strict=True):
+            for into, tensor in zip(kind[:5], (*tensors, bits), strict=True):
                 into.append(tensor)
             kind.steps.append(step)
         yield from kinds.values()

@@ -1,8 +1,7 @@
 """AST: STE with an annealed pull on pruned weights that stays out of Adam's momentum.
 
 Source: Huang et al., AAAI 2025, arXiv 2407.20584. The self-distillation from the dense model is a loss term and belongs
-to distillation; the boosted variant is :func:`~lightning_lossplug.sparsity.add_slorb`. Its successor CAST (arXiv
-2509.25996) is not here: the schedule and the normaliser of its decay were not found.
+to distillation; the boosted variant is :func:`~lightning_lossplug.sparsity.add_slorb`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.bits import factors
 from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW, Together
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 
@@ -72,13 +72,13 @@ class ASTAdamW(MaskedAdamW):
 
     def update(self, together: Together, group: dict[str, Any]) -> None:
         """The equations above."""
-        weights, grads, exp_avgs, exp_avg_sqs, masks, steps = together
+        weights, grads, exp_avgs, exp_avg_sqs, bits, steps = together
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
         updates = exp_avgs
         if self.pull:
-            pulled = torch._foreach_add(exp_avgs, weights, alpha=self.pull)
-            updates = [torch.where(*parts) for parts in zip(masks, exp_avgs, pulled, strict=True)]
+            pulls = [factors(row, weight, 0.0, self.pull) for row, weight in zip(bits, weights, strict=True)]
+            updates = list(torch._foreach_addcmul(exp_avgs, weights, pulls))
         squared = updates if self.variance == "update" else grads
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, squared, squared, 1 - beta2)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.bits import masked, pack_rows, unpack_rows
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 from lightning_lossplug.sparsity.ste import masked_ste
@@ -135,14 +136,19 @@ class BiMaskTransform(NMTransform):
         output_axis: The axis of the outputs.
     """
 
-    back: Tensor
+    back_bits: Tensor
     order: Tensor
 
     def __init__(self, weight: Tensor, axis: int, output_axis: int) -> None:
         super().__init__(weight, axis=axis, output_axis=output_axis)
-        self.register_buffer("back", torch.ones_like(weight, dtype=torch.bool))
+        self.register_buffer("back_bits", self.bits.clone())
         self.register_buffer("order", torch.arange(weight.shape[output_axis], device=weight.device))
         self.step = 0
+
+    @property
+    def back(self) -> Tensor:
+        """The backward mask as a bool tensor, unpacked at each reading."""
+        return unpack_rows(self.back_bits, self.shape)
 
     def plugged(self, layer: nn.Module, parameter: str) -> None:
         """Hooks the layer's input and output."""
@@ -161,7 +167,7 @@ class BiMaskTransform(NMTransform):
     def reset(self) -> None:
         """Also forgets the order."""
         super().reset()
-        self.back.fill_(True)
+        self.back_bits.copy_(self.bits)
         self.order.copy_(torch.arange(len(self.order)))
 
 
@@ -179,7 +185,7 @@ def _route_gradient(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -
         return None
     transform = transform_of(layer, "sparsity")
     assert isinstance(transform, BiMaskTransform)
-    return _InputGradient.apply(output, seen, latent(layer).detach() * transform.back, layer)
+    return _InputGradient.apply(output, seen, masked(latent(layer).detach(), transform.back_bits), layer)
 
 
 @register("recipe", "nm_bimask", family="nm_sparsity", paper=BIMASK_PAPER, arxiv="2302.06058")
@@ -257,5 +263,5 @@ class NMBiMask(PhasedRecipe):
             generator = torch.Generator().manual_seed(self.seed + transform.step)
             order = best_order(weight, mask, n, m, transform.order, self.num_candidates, axis, generator)
             transform.order.copy_(order)
-        transform.back.copy_(backward_mask(weight, mask, n, m, transform.order, axis))
+        transform.back_bits.copy_(pack_rows(backward_mask(weight, mask, n, m, transform.order, axis)))
         return mask

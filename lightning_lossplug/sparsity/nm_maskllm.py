@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.bits import masked
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 from lightning_lossplug.sparsity.transform import NMTransform
@@ -119,7 +120,7 @@ class MaskLLMTransform(NMTransform):
 
     def to_weight(self, groups: Tensor) -> Tensor:
         """Brings ``[G, M]`` into the shape of the weight."""
-        shape = list(self.mask.shape)
+        shape = list(self.shape)
         shape.append(shape.pop(self.axis))
         return groups.reshape(shape).movedim(-1, self.axis)
 
@@ -133,7 +134,7 @@ class MaskLLMTransform(NMTransform):
         if self.mode == "dense":
             return weight
         if not self.training:
-            return torch.where(self.mask, weight, 0.0)
+            return masked(weight, self.bits)
         noise = -torch.empty_like(self.logits).exponential_().log()
         # In full precision also under autocast: the temperatures go down to 0.05 and up to 500.
         with torch.autocast(weight.device.type, enabled=False):

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_lossplug.registry import register
 from lightning_lossplug.sparsity.nm_mask import group_axis, nm_mask
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
+from lightning_lossplug.sparsity.saving import note
 from lightning_lossplug.sparsity.transform import NMTransform
 
 SSTE_PAPER = "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training"
@@ -87,9 +88,14 @@ class SSTETransform(NMTransform):
         """Returns the effective weight."""
         if self.mode == "dense":
             return weight
-        with torch.no_grad():
-            soft = soft_threshold(weight, 1, self.group, self.axis, self.mask) * self.beta.to(weight.dtype)
-        return _Identity.apply(weight, soft)
+        value = _Identity.apply(weight, self.make(weight))
+        note(value, self.make, weight)
+        return value
+
+    @torch.no_grad()
+    def make(self, weight: Tensor) -> Tensor:
+        """Returns its value, without a gradient."""
+        return soft_threshold(weight, 1, self.group, self.axis, self.mask) * self.beta.to(weight.dtype)
 
     def reset(self) -> None:
         """Also forgets the scale."""

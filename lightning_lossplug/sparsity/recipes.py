@@ -72,6 +72,7 @@ class Recipe(ABC):
     optimizer: ClassVar[str | None] = None  # name of the optimizer that has a part of the recipe
     optimizer_starts: ClassVar[bool] = False  # it says when the dense phase is over
     takes_scores: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = False  # it changes pruned weights after the optimizer's step
     ends_dense: ClassVar[bool] = False  # the recipe speeds training up and leaves a dense model
 
     n: int = 2
@@ -81,7 +82,8 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         need(isinstance(self.n, int) and isinstance(self.m, int), f"n and m are {self.n!r} and {self.m!r}", self)
         need(1 <= self.n <= self.m, f"N:M is {self.n}:{self.m}", self, "Choose 1 <= N < M, for example 2:4")
-        need(self.mask_update_every >= 1, f"mask_update_every is {self.mask_update_every}", self, "Choose 1 or more")
+        every = self.mask_update_every
+        need(isinstance(every, int) and every >= 1, f"mask_update_every is {every!r}", self, "Choose 1, 2, 3 …")
         if self.n == self.m:
             warnings.warn(f"{type(self).name}: {self.n}:{self.m} keeps every weight, so it changes nothing")
 
@@ -138,6 +140,16 @@ class Recipe(ABC):
 
     def tune(self, transform: NMTransform, step: int, total_steps: int | None) -> None:  # noqa: B027
         """Sets what else the transform needs for a step."""
+
+    def shrink(self, weight: Tensor, bits: Tensor, step: int, total_steps: int | None) -> None:  # noqa: B027
+        """Changes pruned weights after the optimizer's step ``step``.
+
+        Args:
+            weight: This rank's part of the dense weight.
+            bits: Of the mask of that part.
+            step: The step that the optimizer has taken.
+            total_steps: Length of the run.
+        """
 
     def penalise(  # noqa: B027
         self, transform: NMTransform, weight: Tensor, step: int, total_steps: int | None, grad_scale: float

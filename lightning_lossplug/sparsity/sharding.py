@@ -1,4 +1,4 @@
-"""Masks next to sharded weights (FSDP2): the mask is kept whole, the weight as a DTensor."""
+"""Masks next to sharded weights (FSDP2): the mask is kept whole, in bits, the weight as a DTensor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from torch import Tensor
 def is_sharded(tensor: Tensor) -> bool:
     """Tells whether a tensor is a DTensor, without importing ``torch.distributed`` in a process that has none."""
     return hasattr(tensor, "_local_tensor")
+
+
+def in_tensor_parallel(tensor: Tensor) -> bool:
+    """Tells whether products read a tensor as a DTensor: its mesh has an axis of tensor parallelism.
+
+    By the names that Lightning and PyTorch's examples give such an axis; FSDP2 hands a plain tensor to the product.
+    """
+    if not is_sharded(tensor):
+        return False
+    names = tensor.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+    return any(name in ("tensor_parallel", "tp") for name in names)
 
 
 def full(weight: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lossplug.sparsity.bits import factors, pack_rows
+
 
 def srste_penalty_(grad: Tensor, weight: Tensor, mask: Tensor, lambda_w: float) -> Tensor:
     """Adds ``lambda_w (1 - mask) W`` to a gradient, in place; kept weights receive exactly what they had.
@@ -12,12 +14,16 @@ def srste_penalty_(grad: Tensor, weight: Tensor, mask: Tensor, lambda_w: float) 
     Args:
         grad: Gradient that the optimizer is about to use: synchronised, unscaled, clipped.
         weight: Dense weight of the same shape.
-        mask: Boolean mask, True where kept.
+        mask: Boolean mask, True where kept, or its bits (``pack_rows``).
         lambda_w: Strength >= 0; 2e-4 in the paper's code.
     """
-    return grad.add_(torch.where(mask, 0, weight), alpha=lambda_w)
+    return grad.addcmul_(weight.to(grad.dtype), factors(_bits(mask), grad, 0.0, lambda_w))
 
 
 def srste_decay_(weight: Tensor, mask: Tensor, lambda_w: float, lr: float) -> Tensor:
     """Multiplies pruned weights by ``1 - lr lambda_w``, in place: the same pull outside the optimizer's moments."""
-    return weight.copy_(torch.where(mask, weight, weight * (1 - lr * lambda_w)))
+    return weight.mul_(factors(_bits(mask), weight, 1.0, 1 - lr * lambda_w))
+
+
+def _bits(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.uint8 else pack_rows(mask)

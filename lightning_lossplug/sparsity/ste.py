@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError, suggestion
+from lightning_lossplug.sparsity.bits import factors, masked, pack_rows, unpack_rows
 
 GradMode = Literal["ste", "masked"]
 GRAD_MODES = ("ste", "masked")
@@ -62,6 +63,18 @@ def decayed_ste(weight: Tensor, mask: Tensor, decay: float | Tensor, grad_mode: 
     return (_STE if grad_mode == "ste" else _Masked).apply(weight, mask, decay)
 
 
+def packed_ste(weight: Tensor, bits: Tensor, decay: Tensor | None = None, grad_mode: GradMode = "ste") -> Tensor:
+    """Returns :func:`decayed_ste` (:func:`masked_ste` where ``decay`` is None) for a mask in bits.
+
+    Args:
+        weight: Floating-point tensor.
+        bits: The mask by :func:`~lightning_lossplug.sparsity.bits.pack_rows`.
+        decay: 0-dim tensor on the weight's device, or None for 0.
+        grad_mode: ``"ste"`` or ``"masked"``.
+    """
+    return (_STE if grad_mode == "ste" else _Masked).apply(weight, bits, decay)
+
+
 def _require_mask(weight: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise LossplugError(
@@ -70,7 +83,16 @@ def _require_mask(weight: Tensor, mask: Tensor) -> None:
         )
 
 
-def _attenuate(values: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
+def attenuate(values: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
+    """Multiplies pruned entries by ``decay``; the mask is bool, or in bits."""
+    if values.ndim and values.device.type == "cpu" and not torch.compiler.is_compiling():
+        bits = mask if mask.dtype == torch.uint8 else pack_rows(mask)
+        if decay is None or float(decay) == 0:
+            return masked(values, bits)
+        if values.dtype in (torch.float32, torch.float64):  # a factor in 16 bits would be a rounded one
+            return factors(bits, values, 1.0, decay).mul_(values)
+    if mask.dtype == torch.uint8:
+        mask = unpack_rows(mask, values.shape)
     if decay is None:
         return torch.where(mask, values, 0.0)
     scaled = values * decay
@@ -85,7 +107,7 @@ def _attenuate(values: Tensor, mask: Tensor, decay: float | Tensor | None) -> Te
 class _STE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
-        return _attenuate(weight, mask, decay)
+        return attenuate(weight, mask, decay)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -94,12 +116,12 @@ class _STE(torch.autograd.Function):
 
 class _Masked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float | Tensor | None) -> Tensor:
         ctx.save_for_backward(mask, decay if isinstance(decay, Tensor) else None)
         ctx.decay = None if isinstance(decay, Tensor) else decay
-        return _attenuate(weight, mask, decay)
+        return attenuate(weight, mask, decay)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         mask, decay = ctx.saved_tensors
-        return _attenuate(grads[0], mask, ctx.decay if decay is None else decay), None, None
+        return attenuate(grads[0], mask, ctx.decay if decay is None else decay), None, None

@@ -14,16 +14,17 @@ from torch.optim import Optimizer
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import Progress
+from lightning_lossplug.sparsity.bits import changed, mask_, shard_bits
 from lightning_lossplug.sparsity.calibration import calibrate
 from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW
 from lightning_lossplug.sparsity.recipes import Recipe, StepState
 from lightning_lossplug.sparsity.scores import Score, find_score, score_path, score_signals
-from lightning_lossplug.sparsity.sharding import distribute_like, full, local, shard_like
+from lightning_lossplug.sparsity.sharding import full, local
 from lightning_lossplug.sparsity.signals import merge_inputs
 from lightning_lossplug.sparsity.srste import srste_decay_, srste_penalty_
 from lightning_lossplug.sparsity.transform import NMTransform
 from lightning_lossplug.surgery.plug import latent, plain_class, plug, transform_of, unplug
-from lightning_lossplug.surgery.select import Candidate, Selection, matches, select
+from lightning_lossplug.surgery.select import Candidate, Selection, matches, require_list, select
 from lightning_lossplug.technique import Technique
 
 # Settings of the technique; the others are options of the recipe.
@@ -120,7 +121,9 @@ class NMSettings:
             )
         if self.total_steps is not None and self.total_steps < 1:
             raise LossplugError(f"total_steps is {self.total_steps}, allowed is >= 1", where="NMSparsity")
-        for n, m in self.patterns().values():
+        require_list(self.include, "include", "NMSparsity")
+        require_list(self.exclude, "exclude", "NMSparsity")
+        for n, m in self.patterns().values() or [(self.n, self.m)]:
             if n == m:  # a recipe may stand still at N = M; asking for it by name is a slip
                 raise LossplugError(
                     f"{n}:{m} keeps every weight", where="NMSparsity", remedy="Choose N < M, for example 2:4"
@@ -137,7 +140,7 @@ class NMSettings:
         """Returns ``{glob: (n, m)}``; a plain list of globs shares ``n`` and ``m``."""
         if isinstance(self.include, dict):
             return {glob: parse_nm(pattern) for glob, pattern in self.include.items()}
-        return dict.fromkeys(self.include or ["*"], (self.n, self.m))
+        return dict.fromkeys(["*"] if self.include is None else self.include, (self.n, self.m))
 
     def build_recipe(self, n: int, m: int) -> Recipe:
         """Builds the recipe for one pattern from the options that were given."""
@@ -320,9 +323,9 @@ class NMTechnique(Technique[NMSettings]):
             mask = layer.recipe.new_mask(transform, weight, *pattern, scores, first=layer.pattern is None)
         except LossplugError as error:
             raise LossplugError(error.what, where=name, remedy=error.remedy) from None
+        before = transform.set_mask(mask)
         if self.measure and layer.pattern is not None:
-            layer.flip_rate = float((mask != transform.mask).sum()) / mask.numel()
-        transform.mask.copy_(mask)
+            layer.flip_rate = changed(before, transform.bits) / mask.numel()
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
@@ -342,9 +345,9 @@ class NMTechnique(Technique[NMSettings]):
                 continue
             weight, grad = local(layer.weight), local(layer.weight.grad)
             if layer.recipe.frozen_mask:
-                grad.mul_(shard_like(transform.mask, layer.weight))
+                mask_(grad, shard_bits(transform.bits, layer.weight))
             elif layer.recipe.penalty > 0:
-                mask = shard_like(transform.mask, layer.weight)
+                mask = shard_bits(transform.bits, layer.weight)
                 if layer.recipe.penalty_decoupled:
                     srste_decay_(weight, mask, layer.recipe.penalty, float(group["lr"]))
                 else:
@@ -361,23 +364,28 @@ class NMTechnique(Technique[NMSettings]):
                 where=self.name,
                 remedy=f"Return lightning_lossplug.sparsity.{wanted} from configure_optimizers",
             )
-        masks = {layer.weight: distribute_like(layer.transform.mask, layer.weight) for layer in ours}
+        masks = {layer.weight: shard_bits(layer.transform.bits, layer.weight) for layer in ours}
         optimizer.take_masks(masks, ours[0].recipe.pull(self._progress.step))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Keeps what a frozen mask prunes at zero, in weights and moments; gathers what the layers saw."""
+        """Shrinks pruned weights, keeps what a frozen mask prunes at zero; gathers what the layers saw."""
         if isinstance(optimizer, MaskedAdamW):
             self._started = self._started or optimizer.switched
         merge_inputs([t for layer in self.layers.values() if (t := layer.transform).gathering], self.settings.score_ema)
+        ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        total = self.settings.total_steps or self._progress.total_steps
         for layer in self.layers.values():
+            if layer.recipe.shrinks and layer.pattern is not None and id(layer.weight) in ours:
+                bits = shard_bits(layer.transform.bits, layer.weight)
+                layer.recipe.shrink(local(layer.weight), bits, self._progress.step, total)
             if not layer.recipe.frozen_mask or layer.transform.mode == "dense":
                 continue
-            mask = shard_like(layer.transform.mask, layer.weight)
-            local(layer.weight).mul_(mask)
+            bits = shard_bits(layer.transform.bits, layer.weight)
+            mask_(local(layer.weight), bits)
             for value in optimizer.state.get(layer.weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-                    local(value).mul_(mask)
+                    mask_(local(value), bits)
 
     def detach(self, model: nn.Module) -> None:
         """Takes the masks off; the latent dense weights stay."""
@@ -427,7 +435,7 @@ class NMTechnique(Technique[NMSettings]):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Last mask update and pattern per layer; the masks themselves are buffers of the model."""
+        """Last mask update and pattern per layer; the masks themselves are buffers of the model, in bits."""
         return {
             name: [layer.last_update, list(layer.pattern) if layer.pattern else None, layer.flip_rate]
             for name, layer in self.layers.items()

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_lossplug.sparsity.bits import pack_rows, unpack_rows
+from lightning_lossplug.sparsity.saving import hook_layer, note, unhook_layer
 from lightning_lossplug.sparsity.signals import Watched
-from lightning_lossplug.sparsity.ste import GradMode, decayed_ste, masked_ste
+from lightning_lossplug.sparsity.ste import GradMode, attenuate, packed_ste
+from lightning_lossplug.surgery.plug import PluggedLayer, transform_of
 
 
 class NMTransform(Watched):
     """Reads a weight as ``W * [mask + decay (1 - mask)]`` with a straight-through gradient.
 
     Mask and decay are buffers: they follow the device, are broadcast from rank 0 by DDP, and are in every checkpoint.
-    Changing them in place never recompiles; only the passage between dense, decayed and hard does, once each.
+    The mask is held as bits, rounded up to bytes per index of the weight's first axis (``pack_rows``). Changing them in
+    place never recompiles; only the passage between dense, decayed and hard does, once each.
 
     Args:
         weight: The weight, for shape and device.
@@ -26,15 +30,27 @@ class NMTransform(Watched):
 
     stage: ClassVar[str] = "sparsity"
 
-    mask: Tensor
+    bits: Tensor
     decay: Tensor
 
     def __init__(self, weight: Tensor, grad_mode: GradMode = "ste", axis: int = 1, output_axis: int = 0) -> None:
         super().__init__()
         self.grad_mode, self.axis, self.output_axis = grad_mode, axis, output_axis
-        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+        self.shape = weight.shape
+        self.register_buffer("bits", pack_rows(torch.ones_like(weight, dtype=torch.bool)))
         self.register_buffer("decay", torch.ones((), dtype=torch.float32, device=weight.device))
         self.mode = "dense"  # a Python mirror of decay, so that reading a weight never waits for a device
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask as a bool tensor of the weight's shape, true where an entry is kept: unpacked at each reading."""
+        return unpack_rows(self.bits, self.shape)
+
+    def set_mask(self, mask: Tensor) -> Tensor:
+        """Takes a bool mask; returns the bits of the one before."""
+        before = self.bits.clone()
+        self.bits.copy_(pack_rows(mask))
+        return before
 
     def set_decay(self, decay: float) -> None:
         """Sets the factor of the pruned weights: 1 is dense, 0 is a hard mask."""
@@ -45,13 +61,29 @@ class NMTransform(Watched):
         """Returns the effective weight."""
         if self.mode == "dense":
             return weight
-        if self.mode == "hard" and self.grad_mode == "ste":
-            return masked_ste(weight, self.mask)
-        return decayed_ste(weight, self.mask, self.decay, self.grad_mode)
+        value = packed_ste(weight, self.bits, None if self.mode == "hard" else self.decay, self.grad_mode)
+        note(value, self.make, weight)
+        return value
+
+    def make(self, weight: Tensor) -> Tensor:
+        """Returns the value of the effective weight, without a gradient."""
+        return attenuate(weight, self.bits, None if self.mode == "hard" else self.decay)
+
+    def plugged(self, layer: nn.Module, parameter: str) -> None:
+        """Hooks the layer, so that its product keeps no masked copy of the weight for the backward pass."""
+        super().plugged(layer, parameter)
+        hook_layer(layer)
+
+    def unplugged(self, layer: nn.Module, parameter: str) -> None:
+        """Takes the hooks off with the last masked parameter."""
+        super().unplugged(layer, parameter)
+        rest = type(layer).plugged_parameters if isinstance(layer, PluggedLayer) else ()
+        if not any(isinstance(transform_of(layer, "sparsity", other), NMTransform) for other in rest):
+            unhook_layer(layer)
 
     def reset(self) -> None:
         """Goes back to where a new run starts: nothing is pruned."""
-        self.mask.fill_(True)
+        self.set_mask(torch.ones(self.shape, dtype=torch.bool, device=self.bits.device))
 
     def check_fold(self) -> str | None:
         """Refuses while the decay is above 0: the folded weight would not be sparse."""

@@ -231,8 +231,10 @@ def select(
         technique: Name for messages.
 
     Raises:
-        LossplugError: A pattern matches nothing, or nothing is left.
+        LossplugError: A pattern matches nothing, nothing is left, or the patterns are one text.
     """
+    for name, globs in (("include", include), ("exclude", exclude)):
+        require_list(globs, name, technique)
     found = candidates(model)
     names = [c.name for c in found]
     for glob in (*(include or ()), *exclude):
@@ -256,6 +258,12 @@ def select(
             note = check(candidate)
         choices.append(Choice(candidate, note is None, note or ("all" if include is None else f"{pattern}")))
     return Selection(tuple(choices))
+
+
+def require_list(globs: object, name: str, where: str) -> None:
+    """Raises :class:`LossplugError` for a text in the place of a list of patterns: its letters would be patterns."""
+    if isinstance(globs, str):
+        raise LossplugError(f"{name} is the text {globs!r}", where=where, remedy=f"Write a list: {name}=[{globs!r}]")
 
 
 def require_taken(selection: Selection, technique: str) -> None:

@@ -31,7 +31,7 @@ def test_a_run_leaves_config_metrics_checkpoint_and_results(run, checkpoint):
     assert (run / "metrics.csv").is_file()
     saved = read_checkpoint(checkpoint)
     assert any(key.startswith("ExactResume") for key in saved["callbacks"])
-    assert any(key.endswith("sparsity.mask") for key in saved["state_dict"])
+    assert any(key.endswith("sparsity.bits") for key in saved["state_dict"])
     assert saved["hyper_parameters"]["_class_path"].endswith("ImageClassifier")
 
 

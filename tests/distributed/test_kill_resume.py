@@ -52,7 +52,7 @@ def check(straight, killed):
             assert torch.equal(value, torch.load(finals[0])[key]), f"ranks differ in {key}"
         a, b = torch.load(final), torch.load(killed / final.name)
         assert a.keys() == b.keys()
-        assert any(key.endswith("sparsity.mask") for key in a)
+        assert any(key.endswith("sparsity.bits") for key in a)
         for key in a:
             assert torch.equal(a[key], b[key]), key
     want = {(x["step"], x["batch"]): x for x in map(json.loads, lines(straight))}
@@ -89,7 +89,7 @@ def test_killed_and_resumed(devices, recipe, tmp_path):
     "recipe",
     [
         *("nm_oneshot", "nm_ste", "nm_srste", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric"),
-        *("nm_sste", "nm_transposable", "nm_tsrste", "nm_bimask", "nm_maskllm"),
+        *("nm_sste", "nm_transposable", "nm_tsrste", "nm_bimask", "nm_maskllm", "nm_cast"),
     ],
 )
 def test_killed_and_resumed_at_random_steps(recipe, devices, seed, tmp_path):

@@ -60,5 +60,5 @@ def test_ranks_agree_with_each_other_and_with_one_process(tmp_path):
     # The first layer sees the data itself; behind it the accumulated gradients differ in rounding only.
     for key in squares:
         assert torch.allclose(first[key], alone[key], rtol=1e-4), key
-    for key in (key for key in alone if key.endswith("mask")):
+    for key in (key for key in alone if key.endswith("bits")):
         assert torch.equal(first[key], alone[key]), key

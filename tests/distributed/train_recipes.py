@@ -32,6 +32,7 @@ RECIPES = {
     "sdgf_stepwise": {},
     "sdgf_geometric": {"k": 2},
     "nm_sste": {},
+    "nm_cast": {"mask_update_every": 3},
     "nm_step": {},
     "nm_ast": {"lambda_w": 0.05, "increase_step": 4, "mask_update_every": 2},
     "nm_bimask": {"permute_every": 3, "num_candidates": 3},

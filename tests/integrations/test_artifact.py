@@ -108,7 +108,7 @@ def test_a_pattern_that_was_not_reached(tmp_path):
 def test_weights_moved_after_masking_are_counted(tmp_path):
     module = Own(net=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
     technique = sparse(module, include=["net.0"])
-    technique.layers["net.0"].transform.mask.fill_(True)
+    technique.layers["net.0"].transform.bits.fill_(255)
     with pytest.raises(LossplugError, match="16 of 16 groups have more than 2 nonzeros"):
         export_artifact(module, tmp_path / "out", techniques=[technique])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_lossplug import LossplugError
-from lightning_lossplug.sparsity import decayed_ste, nm_apply, nm_mask
+from lightning_lossplug.sparsity import decayed_ste, nm_apply, nm_mask, pack_rows
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -40,6 +40,7 @@ def test_nm_apply_is_mask_weight_and_pull():
     assert torch.equal(used, decayed_ste(weight, mask, 0.3))
     assert torch.allclose(after, grad + 0.7 * ~mask * weight)
     assert not nm_apply(weight, 2, 8)[1][~mask].any()
+    assert torch.equal(nm_apply(weight, 2, 8, packed=True)[0], pack_rows(mask))
     with pytest.raises(LossplugError, match="decay=2 is outside"):
         nm_apply(weight, 2, 8, decay=2)
 
@@ -54,3 +55,5 @@ def test_on_a_gpu(n, m, dtype):
     ours, theirs = nm_apply(weight, n, m, 1, 0.5, expected, 0.1), nm_apply(weight.cuda(), n, m, 1, 0.5, there, 0.1)
     for a, b in zip((*ours, expected), (*theirs, there), strict=True):
         torch.testing.assert_close(a, b.cpu())
+    flat = weight.flatten(1)
+    assert torch.equal(nm_apply(flat.cuda(), n, m, packed=True)[0].cpu(), pack_rows(nm_mask(flat, n, m)))

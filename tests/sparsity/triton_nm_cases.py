@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from lightning_lossplug.sparsity import decayed_ste, kernels, nm_mask
+from lightning_lossplug.sparsity import decayed_ste, kernels, nm_mask, pack_rows
 from lightning_lossplug.sparsity.nm_mask import grouped
 from lightning_lossplug.sparsity.srste import srste_penalty_
 
@@ -42,6 +42,10 @@ def main() -> int:
         assert torch.equal(mask, expected)
         assert torch.equal(used, decayed_ste(weight, expected, decay))
         torch.testing.assert_close(grad, theirs)
+        if axis == len(shape) - 1:
+            bits = torch.empty(len(weight), weight[0].numel() // 8, dtype=torch.uint8)
+            kernels.fill(weight.view(grouping), n, bits)
+            assert torch.equal(bits, pack_rows(expected))
         compared += 1
     return compared
 

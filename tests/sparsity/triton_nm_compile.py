@@ -23,9 +23,10 @@ def main() -> int:
             "COMPUTE": tl.float64 if size == 8 else tl.float32,
             "USED": full,
             "PULL": full,
+            "BITS": full,
             "BLOCK": kernels._COMPARISONS // (m * m),
         }
-        types = {"mask": "*i8", "groups": "i32", "inner": "i32", "decay": "fp32", "pull": "fp32"}
+        types = {"mask": "*u8" if full else "*i8", "groups": "i32", "inner": "i32", "decay": "fp32", "pull": "fp32"}
         floats = {"source", "weight", "grad", "used"}
         signature = {
             name: "constexpr" if name in options else f"*{dtype}" if name in floats else types[name]
