@@ -203,19 +203,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             where=str(path),
             remedy="Export or download it again",
         )
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise LossplugError("a value is NaN or infinite: the file is corrupt", where=f"{path}: {key}")
-    with reading(path, "its header"):
-        return tensors, {key: _entry(entry, path) for key, entry in header["layers"].items()}
+    layers = header.get("layers")
+    if not isinstance(layers, dict):
+        raise LossplugError("the file doesn't say which weights it holds", where=str(path))
+    found = {}
+    for key, entry in layers.items():
+        with reading(f"{path}: {key}", "its description"):
+            found[key] = _entry(entry, f"{path}: {key}")
+    return tensors, found
 
 
-def _entry(entry: dict[str, Any], path: Path) -> dict[str, Any]:
+def _entry(entry: dict[str, Any], path: str) -> dict[str, Any]:
     """Returns the entry of one weight, after checking what is computed with."""
     low, high, stride = entry["low"], entry["high"], entry["stride"]
     whole = all(type(value) is int and abs(value) < 1 << 31 for value in (low, high, stride))
     if not whole or not 0 <= high - low <= 255 * stride or stride not in (1, 2):
-        raise LossplugError(f"codes from {low} to {high} in steps of {stride} are no codes", where=str(path))
+        raise LossplugError(f"codes from {low} to {high} in steps of {stride} are no codes", where=path)
     if type(entry["group_size"]) not in (int, type(None)) or type(entry["axis"]) is not int:
-        raise LossplugError("the layout of a weight is none", where=str(path))
+        raise LossplugError("the layout of a weight is none", where=path)
     return {**entry, "shape": list(shape_of(entry["shape"], path)), "per_channel": bool(entry["per_channel"])}

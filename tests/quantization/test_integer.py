@@ -204,18 +204,20 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path):
     ("edit", "message"),
     [
         (lambda t, h: h.pop("layers"), "doesn't say which weights it holds"),
-        (lambda t, h: h["layers"]["net.0.weight"].pop("low"), r"net\.0\.weight: .*KeyError: 'low'.*Write it again"),
-        (lambda t, h: h["layers"]["net.0.weight"].update(low="x"), "its description doesn't fit its tensors"),
+        (
+            lambda t, h: h["layers"]["net.0.weight"].pop("low"),
+            r"net\.0\.weight: its description can't be read \('low'\)",
+        ),
+        (lambda t, h: h["layers"]["net.0.weight"].update(low="x"), "codes from x to 3 in steps of 1 are no codes"),
         (lambda t, h: h["layers"]["net.0.weight"].update(bounds=[1]), "IndexError"),
         (lambda t, h: t.pop("net.0.weight.codes"), r"lacks net\.0\.weight\.codes"),
         (lambda t, h: t.update({"net.0.weight.codes": t["net.0.weight.codes"][:3].clone()}), r"net\.0\.weight: "),
         (lambda t, h: t.update({"net.0.weight.scale": torch.ones(3, 1)}), "RuntimeError.*the file is corrupt"),
         (lambda t, h: t.pop("net.0.weight.input_scale"), "KeyError"),
         (lambda t, h: t["net.0.weight.input_scale"].neg_(), "the input's scale is not above 0"),
-        (lambda t, h: t["net.0.bias"].fill_(torch.nan), r"net\.0\.bias: a value is NaN or infinite"),
         (lambda t, h: t.update({"net.0.bias": torch.ones(3)}), r"net\.0\.bias: the file has a weight of shape \[3\]"),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_corrupt_descriptions_are_refused_in_one_line(edit, message, tmp_path):
     from safetensors import safe_open
@@ -227,7 +229,8 @@ def test_corrupt_descriptions_are_refused_in_one_line(edit, message, tmp_path):
         header = json.loads(file.metadata()[key])
     tensors = load_file(path)
     edit(tensors, header)
-    save_file(tensors, path, {key: json.dumps(header)})
+    rest = {name: value for name, value in header.items() if name != "sha256"} | {"tensors": digest_tensors(tensors)}
+    save_file(tensors, path, {key: json.dumps(seal(rest))})  # with the right checksums
     with pytest.raises(LossplugError, match=message) as caught:
         load_packed(Plain(), path)
     assert "\n" not in str(caught.value)
