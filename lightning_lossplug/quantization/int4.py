@@ -46,8 +46,10 @@ def int4_weight(weight: Tensor, group_size: int = 64, *, where: str = "int4_weig
         where: Name for messages.
 
     Raises:
-        LossplugError: Another group size or one that doesn't divide K, values that are not finite.
+        LossplugError: No matrix, another group size or one that doesn't divide K, values that are not finite.
     """
+    if weight.ndim != 2:
+        raise LossplugError(f"the weight has shape {tuple(weight.shape)}, expected [N, K]", where=where)
     reason = _unfit(weight.shape[1], group_size)
     if reason is not None:
         raise LossplugError(reason, where=where, remedy=_remedy(weight.shape[1]))

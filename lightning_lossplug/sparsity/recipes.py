@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.registry import register
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.ste import GradMode
@@ -80,10 +81,10 @@ class Recipe(ABC):
     mask_update_every: int = 1
 
     def __post_init__(self) -> None:
-        need(isinstance(self.n, int) and isinstance(self.m, int), f"n and m are {self.n!r} and {self.m!r}", self)
+        need(type(self.n) is int and type(self.m) is int, f"n and m are {self.n!r} and {self.m!r}", self, "Give integers")
         need(1 <= self.n <= self.m, f"N:M is {self.n}:{self.m}", self, "Choose 1 <= N < M, for example 2:4")
         every = self.mask_update_every
-        need(isinstance(every, int) and every >= 1, f"mask_update_every is {every!r}", self, "Choose 1, 2, 3 …")
+        need(type(every) is int and every >= 1, f"mask_update_every is {every!r}", self, "Choose 1, 2, 3 …")
         if self.n == self.m:
             warnings.warn(f"{type(self).name}: {self.n}:{self.m} keeps every weight, so it changes nothing")
 
@@ -188,8 +189,7 @@ class PhasedRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("dense_fraction", "finetune_fraction"):
-            value = getattr(self, name)
-            need(0 <= value < 1, f"{name} is {value}, allowed is [0, 1)", self)
+            check_number(self.name, name, getattr(self, name), least=0, below=1)
         total = self.dense_fraction + self.finetune_fraction
         need(total < 1, f"dense_fraction + finetune_fraction is {total}", self, "Leave steps to the sparse phase")
 

@@ -124,7 +124,14 @@ def score_signals(score: Score, name: str = "score") -> tuple[str, ...]:
     Raises:
         LossplugError: It needs an argument that no layer has.
     """
-    arguments = list(inspect.signature(score).parameters.values())
+    try:
+        arguments = list(inspect.signature(score).parameters.values())
+    except (TypeError, ValueError):  # not callable, or a function of C that doesn't say what it takes
+        raise LossplugError(
+            "it doesn't say what it takes",
+            where=f"score {name}",
+            remedy="Write a function: def score(weight): return weight.abs()",
+        ) from None
     for argument in arguments[1:]:
         if argument.name not in SIGNALS and argument.default is argument.empty:
             raise LossplugError(

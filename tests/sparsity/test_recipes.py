@@ -274,6 +274,8 @@ def test_keeping_everything_warns():
         (lambda: NMSTE(5, 4), r"N:M is 5:4.*1 <= N < M"),
         (lambda: NMSTE(0, 4), "N:M is 0:4"),
         (lambda: NMSTE(2.0, 4), "n and m are 2.0"),
+        (lambda: NMSTE(True, 4), "n and m are True"),
+        (lambda: MdGfLinear(dense_fraction="0.1"), "dense_fraction is '0.1'"),
         (lambda: NMSTE(mask_update_every=0), "mask_update_every is 0"),
         (lambda: NMSRSTE(lambda_w=-1e-4), "lambda_w is -0.0001"),
         (lambda: MdGfLinear(dense_fraction=1.0), "dense_fraction is 1.0"),
