@@ -81,7 +81,7 @@ class Recipe(ABC):
     mask_update_every: int = 1
 
     def __post_init__(self) -> None:
-        need(type(self.n) is int and type(self.m) is int, f"n and m are {self.n!r} and {self.m!r}", self, "Give integers")
+        need(type(self.n) is int and type(self.m) is int, f"n and m are {self.n!r} and {self.m!r}", self)
         need(1 <= self.n <= self.m, f"N:M is {self.n}:{self.m}", self, "Choose 1 <= N < M, for example 2:4")
         every = self.mask_update_every
         need(type(every) is int and every >= 1, f"mask_update_every is {every!r}", self, "Choose 1, 2, 3 …")
