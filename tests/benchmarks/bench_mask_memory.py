@@ -12,6 +12,7 @@ Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_mask_memory.py
 import argparse
 import logging
 import multiprocessing
+import os
 import re
 import warnings
 from pathlib import Path
@@ -54,7 +55,8 @@ def work(variant, width, layers, rows, optimizer, queue):
     plain = sum(b.numel() * b.element_size() for b in model.buffers())
     technique = None
     if VARIANTS[variant] is not None:
-        technique = NMTechnique(NMSettings(2, 4, variant, include=["*"], **VARIANTS[variant]))
+        everything = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]  # the last one, too
+        technique = NMTechnique(NMSettings(2, 4, variant, include=everything, **VARIANTS[variant]))
         technique.attach(model)
         technique.advance(Progress(0, 100))
     build = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
@@ -81,6 +83,7 @@ def main():
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system, and are no noise
     weights = arguments.layers * arguments.width**2
     print(f"{weights / 1e6:.1f} million masked weights; one layer {4 / arguments.layers:.3f} bytes per weight")
     context = multiprocessing.get_context("spawn")
