@@ -182,7 +182,7 @@ def test_layers_are_paired_by_depth():
     module = CausalLM(from_config={**LLAMA, "hidden_size": 16, "num_hidden_layers": 2})
     callback = Distillation(llama(4), None, feature_loss="hidden_cosine", layers=1)
     trainer(callback, max_steps=1).fit(module, texts())
-    assert callback.layers == {"model.layers.1": "model.layers.3"}
+    assert (callback.pairing.student, callback.pairing.teacher) == (["model.layers.1"], ["model.layers.3"])
     assert callback.logs["features"] > 0
 
 

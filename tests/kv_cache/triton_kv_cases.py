@@ -26,7 +26,7 @@ CASES = [
 
 @torch.no_grad()
 def main() -> int:
-    warnings.simplefilter("error")
+    warnings.filterwarnings("error", message="attention over codes")  # the way out of a kernel that fails
     kernels.CHUNK = 16
     compared = 0
     for family, settings, dtype, page, length in CASES:
