@@ -18,7 +18,6 @@ from typing import ClassVar, Literal, NamedTuple, Self
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.registry import register
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.ste import GradMode
@@ -189,7 +188,9 @@ class PhasedRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("dense_fraction", "finetune_fraction"):
-            check_number(self.name, name, getattr(self, name), least=0, below=1)
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            need(number and 0 <= value < 1, f"{name} is {value!r}, allowed is [0, 1)", self)
         total = self.dense_fraction + self.finetune_fraction
         need(total < 1, f"dense_fraction + finetune_fraction is {total}", self, "Leave steps to the sparse phase")
 

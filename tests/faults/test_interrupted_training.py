@@ -117,7 +117,8 @@ def run(folder, *extra, resume=None):
 @pytest.mark.parametrize("step", [4, 6, 11])
 def test_ctrl_c_leaves_a_state_to_go_on_from(step, tmp_path):
     straight = run(tmp_path / "a")
-    handler = signal.getsignal(signal.SIGINT)
+    # Started in the background (as CI may be), a process inherits an ignored SIGINT; a terminal gives the default one.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.manual_seed(0)
     module = Plain(dropout=0.1)
     extra = Press(step)
