@@ -44,6 +44,8 @@ class HiddenCosine(FeatureLoss):
         """Mean over all vectors."""
         if student.shape != teacher.shape:
             raise LossplugError(
-                f"hidden states {tuple(student.shape)} and {tuple(teacher.shape)} differ", where="hidden_cosine"
+                f"hidden states {tuple(student.shape)} and {tuple(teacher.shape)} differ",
+                where="hidden_cosine",
+                remedy="Use fitnet, which learns a map between widths",
             )
         return (1 - torch.cosine_similarity(student, teacher, dim=-1)).mean()
