@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import typing
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) <= MAX_NODES else keys[0]
-        if twice is not None:
-            raise LossplugError(f"gives the key {twice[:80]!r} twice (line {node.start_mark.line + 1})")
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise LossplugError(f"gives the key {twice[0][:80]!r} twice (line {node.start_mark.line + 1})")
         return super().construct_mapping(node, deep)
 
 
