@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lossplug.callbacks.folder_lock import FolderLocks
 from lightning_lossplug.callbacks.safe_checkpoints import SafeCheckpointIO, verify_checkpoint
+from lightning_lossplug.callbacks.sharded import refuse_deepspeed
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 
@@ -78,6 +79,8 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run left, and makes checkpoint files safe."""
+        if stage == "fit":
+            refuse_deepspeed(trainer, "ExactResume")
         self._saved = None
         strategy = trainer.strategy
         if self._io is None and type(strategy.checkpoint_io) is TorchCheckpointIO:

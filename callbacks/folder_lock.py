@@ -45,12 +45,10 @@ class FolderLocks:
         """
         busy = None
         if trainer.is_global_zero:
-            places = {
-                str(Path(callback.dirpath).absolute())
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if isinstance(callback, Checkpoint) and getattr(callback, "dirpath", None)
-            }
-            busy = next((place for place in sorted(places) if "://" not in place and not self._lock(place)), None)
+            savers = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            given = {str(getattr(saver, "dirpath", None) or "://") for saver in savers}
+            places = sorted({str(Path(place).absolute()) for place in given if "://" not in place})
+            busy = next((place for place in places if not self._lock(place)), None)
         busy = trainer.strategy.broadcast(busy)
         if busy is not None:
             self.release()

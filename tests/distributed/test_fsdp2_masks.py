@@ -61,10 +61,11 @@ def test_two_shards_hold_the_masks_of_one_process(tmp_path):
     module = "lightning.fabric.utilities.consolidate_checkpoint"
     subprocess.run([sys.executable, "-m", module, str(folder)], env=ENVIRONMENT, check=True, timeout=100)
     assert torch.load(tmp_path / "nm_srste.ckpt", weights_only=True)["global_step"] == MIDDLE
-    whole, single = (
+    whole, single = (  # the second file is by now that of the run on one process
         dict(plugged_layers(load_plugged(Net(False), tmp_path / name)))
         for name in ("nm_srste_shards.ckpt.consolidated", "nm_srste.ckpt")
     )
     for name in LAYERS:
-        assert torch.equal(latent(whole[name]), latent(single[name]))
-        assert torch.equal(whole[name].weight, single[name].weight)
+        torch.testing.assert_close(latent(whole[name]), latent(single[name]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole[name].weight, single[name].weight, rtol=1e-4, atol=1e-6)
+        assert torch.equal(whole[name].weight == 0, single[name].weight == 0)
