@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.distillation import Distillation
     from lightning_lossplug.callbacks.distillation_report import DistillationReport, read_report
     from lightning_lossplug.callbacks.exact_resume import ExactResume
+    from lightning_lossplug.callbacks.fake_quant_precision import FakeQuantPrecision
     from lightning_lossplug.callbacks.kv_channel_shrink import KVChannelShrink
     from lightning_lossplug.callbacks.local_updates import LocalUpdates
     from lightning_lossplug.callbacks.moe_balancing import MoEBalancing
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_lossplug.callbacks.sam import SAM
     from lightning_lossplug.callbacks.self_distillation import SelfDistillation
     from lightning_lossplug.callbacks.sparsity_health import SparsityHealth, read_health
+    from lightning_lossplug.callbacks.step_trace import StepTrace
     from lightning_lossplug.callbacks.swap_loss import SwapLoss
     from lightning_lossplug.callbacks.technique import TechniqueCallback
 
@@ -42,6 +44,7 @@ __all__ = [
     "Distillation",
     "DistillationReport",
     "ExactResume",
+    "FakeQuantPrecision",
     "GradientAdaptiveQAT",
     "KVChannelShrink",
     "LocalUpdates",
@@ -51,6 +54,7 @@ __all__ = [
     "SafeCheckpointIO",
     "SelfDistillation",
     "SparsityHealth",
+    "StepTrace",
     "SwapLoss",
     "TechniqueCallback",
     "dense_state_dict",
@@ -78,7 +82,9 @@ _HOME = {
     "SparsityHealth": "sparsity_health",
     "OnlineDistillation": "online_distillation",
     "SelfDistillation": "self_distillation",
+    "StepTrace": "step_trace",
     "SwapLoss": "swap_loss",
+    "FakeQuantPrecision": "fake_quant_precision",
     "SafeCheckpointIO": "safe_checkpoints",
     "TechniqueCallback": "technique",
     "dense_state_dict": "checkpoint",
@@ -93,6 +99,7 @@ for _name, _family in {
     "CompressedGradients": "communication",
     "LocalUpdates": "communication",
     "ExactResume": "resume",
+    "StepTrace": "reports",
     "KVChannelShrink": "kv_cache",
     "MoEBalancing": "loss",
     "NMSparsity": "sparsity",
@@ -110,6 +117,12 @@ for _name, _family in {
     register_path("callback", _name, f"{__name__}.{_HOME[_name]}.{_name}", family=_family)
 register_path(
     "strategy", "lossplug_ddp", f"{__name__}.compressed_strategy.CompressedDDPStrategy", family="communication"
+)
+register_path(
+    "plugin",
+    "FakeQuantPrecision",
+    f"{__name__}.fake_quant_precision.FakeQuantPrecision",
+    family="quantization",
 )
 register_path("plugin", "SafeCheckpointIO", f"{__name__}.safe_checkpoints.SafeCheckpointIO", family="resume")
 

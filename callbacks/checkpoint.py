@@ -33,9 +33,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a Lightning checkpoint onto the CPU, without unpickling anything but tensors and plain types.
 
     Raises:
-        LossplugError: The file is missing, unreadable, truncated, changed, or no Lightning checkpoint.
+        LossplugError: The file is missing, unreadable, truncated, changed, no Lightning checkpoint, or one of shards.
     """
     path = Path(path)
+    if (path / "meta.pt").is_file():
+        raise LossplugError(
+            "the checkpoint is a folder of shards",
+            where=str(path),
+            remedy="Make one file of it: python -m lightning.fabric.utilities.consolidate_checkpoint FOLDER",
+        )
     if not path.is_file():
         raise LossplugError("there is no such checkpoint file", where=str(path))
     verify_checkpoint(path)

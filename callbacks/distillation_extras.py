@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lossplug.callbacks.sharded import keeps_all_on_every_rank
 from lightning_lossplug.distillation.networks import several_processes, share
 from lightning_lossplug.distillation.optimizer import AuxiliaryOptimizer
 from lightning_lossplug.errors import LossplugError
@@ -50,7 +50,7 @@ class ExtrasCallback(Callback):
         self._restored, self._saved, self.aux, self._open = False, None, None, False
 
     def _refuse_sharding(self, trainer: Trainer) -> None:
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not keeps_all_on_every_rank(trainer.strategy):
             raise LossplugError(
                 f"a network that changes in training is not supported with {type(trainer.strategy).__name__}",
                 where=self.where,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lightning_lossplug.callbacks.sharded import keeps_all_on_every_rank
 from lightning_lossplug.distillation.networks import several_processes
 from lightning_lossplug.distillation.two_gradients import DOT, AlignScope, align_gradients
 from lightning_lossplug.errors import LossplugError
@@ -42,7 +42,7 @@ class SplitGradients:
             LossplugError: Sharded parameters, SAM, clipping with DOT, or an optimizer that DOT can't use.
         """
         name = "dot_delta" if self.dot_delta is not None else "align"
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not keeps_all_on_every_rank(trainer.strategy):
             raise LossplugError(
                 f"{name} is not supported with {type(trainer.strategy).__name__}",
                 where=self.where,

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lossplug.callbacks.distillation_base import DistillationCallback
 from lightning_lossplug.callbacks.distillation_split import SplitGradients, WindowMean
+from lightning_lossplug.callbacks.sharded import keeps_all_on_every_rank
 from lightning_lossplug.distillation.networks import several_processes
 from lightning_lossplug.distillation.on_policy import OnPolicy, Sampler, write
 from lightning_lossplug.distillation.two_gradients import AlignScope
@@ -69,7 +69,7 @@ class StepwiseDistillation(DistillationCallback):
         Raises:
             LossplugError: The strategy shards parameters.
         """
-        plain = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        plain = keeps_all_on_every_rank(trainer.strategy)
         if not plain and (self.sampler is not None or self.normalize == "window"):
             name = "on_policy" if self.sampler is not None else "normalize='window'"
             raise LossplugError(

@@ -17,7 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_lossplug.callbacks.folder_lock import FolderLocks
 from lightning_lossplug.callbacks.safe_checkpoints import SafeCheckpointIO, verify_checkpoint
+from lightning_lossplug.callbacks.sharded import refuse_deepspeed
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
 
@@ -37,6 +39,8 @@ class ExactResume(Callback):
 
     Checkpoints are written and checked by :class:`SafeCheckpointIO`, unless the Trainer was given another plugin: a
     kill, a full disk or a lost machine leaves the old file or the new one, and a damaged one is refused by its name.
+    While a fit runs its folders of checkpoints are locked: a second run that would write there stops before its first
+    step. The lock dies with the process, so a killed run can be resumed at once.
 
     The data itself has to come in a repeatable order, from a loader that saves its position with ``state_dict`` and
     ``load_state_dict``, such as ``lightning_lossplug.integrations.ResumableLoader``, which the built-in data modules
@@ -46,16 +50,17 @@ class ExactResume(Callback):
     (``OnExceptionCheckpoint``) hold the random state inside the interrupted step and are not exact.
 
     Raises:
-        LossplugError: When resuming: the checkpoint was written by another number of processes, or on another kind of
-            device (per-process states cannot be mapped, so this is an error, never a new seed); training is resumed in
-            mid-epoch and its loader does not save its position; or the checkpoint falls between two micro-batches of a
-            model with sharded parameters, whose gradients are not kept. To go on without exactness, leave the callback
-            out.
+        LossplugError: Another run is writing its checkpoints into the same folder. When resuming: the checkpoint was
+            written by another number of processes, or on another kind of device (per-process states cannot be mapped,
+            so this is an error, never a new seed); training is resumed in mid-epoch and its loader does not save its
+            position; or the checkpoint falls between two micro-batches of a model with sharded parameters, whose
+            gradients are not kept. To go on without exactness, leave the callback out.
     """
 
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
         self._io: CheckpointIO | None = None  # the Trainer's own, while a safe one stands in for it
+        self._folders = FolderLocks()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the states of all processes; every process gets here, rank 0 writes the file."""
@@ -74,12 +79,18 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets what an earlier run left, and makes checkpoint files safe."""
+        if stage == "fit":
+            refuse_deepspeed(trainer, "ExactResume")
         self._saved = None
         strategy = trainer.strategy
         if self._io is None and type(strategy.checkpoint_io) is TorchCheckpointIO:
             self._io, strategy.checkpoint_io = strategy.checkpoint_io, SafeCheckpointIO()
             if isinstance(strategy, ModelParallelStrategy):  # it reads files without its plugin
                 wrap_method(strategy, "load_checkpoint", self, _verified)  # type: ignore[arg-type]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Locks the folders of checkpoints, which all callbacks have chosen by now."""
+        self._folders.take(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the states until training starts; validating from a checkpoint changes no random state."""
@@ -104,6 +115,7 @@ class ExactResume(Callback):
         set_random_state(mine["random"], pl_module.device)  # last: making an iterator draws from the generator
 
     def _clean_up(self, trainer: Trainer) -> None:
+        self._folders.release()
         if self._io is not None:
             trainer.strategy.checkpoint_io, self._io = self._io, None
             unwrap_method(trainer.strategy, "load_checkpoint", self)  # type: ignore[arg-type]

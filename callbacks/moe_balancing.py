@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lossplug.callbacks.sharded import refuse_deepspeed
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.losses.moe_bias_balancing import bias_step
@@ -46,6 +47,7 @@ class MoEBalancing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the routers, hooks them and the optimizer."""
+        refuse_deepspeed(trainer, "MoEBalancing")
         self._remove()
         found = ((name, m) for name, m in pl_module.named_modules() if isinstance(getattr(m, BIAS, None), Tensor))
         self.routers = dict(found)

@@ -134,6 +134,12 @@ class OnlineDistillation(StepwiseDistillation):
         """The teachers."""
         return self.teachers
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses strategies that don't keep whole networks on every process, and hooks the student."""
+        if stage == "fit":
+            self._refuse_sharding(trainer)
+        super().setup(trainer, pl_module, stage)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Places the teachers and makes their optimizer."""
         if not any(p.requires_grad for p in self.teachers.parameters()):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lossplug.callbacks.sharded import refuse_deepspeed
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.schedules import Progress
 from lightning_lossplug.surgery.attention import attending_layers
@@ -53,6 +54,7 @@ class TechniqueCallback(Callback, Generic[TechniqueT]):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Converts the layers that exist, and again those that ``configure_model`` builds."""
         self._restored = self._ticking = False
+        refuse_deepspeed(trainer, type(self).__name__)
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if isinstance(other, (WeightAveraging, StochasticWeightAveraging)):
                 raise LossplugError(

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.export.dense import dense_state, write_safetensors
+from lightning_lossplug.export.masks import pack_mask, unpack_mask
 from lightning_lossplug.quantization.base import Codes
 from lightning_lossplug.quantization.grid import Layout
 from lightning_lossplug.quantization.integer import fuse_model, integer_layer, quantizer_of, weight_codes
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
-from lightning_lossplug.quantization.packing import pack_codes, unpack_codes
+from lightning_lossplug.quantization.packing import bits_for, pack_codes, unpack_codes
 from lightning_lossplug.surgery.plug import fold, plugged_layers
 from lightning_lossplug.untrusted import digest_tensors, parse_json, read_safetensors, reading, seal, shape_of, unseal
 
-FORMAT = 1
+FORMAT = 2
 KEY = "lossplug_quantized"
 
 
@@ -27,9 +28,11 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Writes a QAT model with its weights as packed codes.
 
     A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has
-    one, ``p.zero_point``; the static step of a layer's input is ``p.input_scale``. Every other tensor of the folded
-    model keeps its key. Weights whose quantiser has no integer codes (floating formats, several bases) are written
-    folded; attention whose operands were quantised in training is in floating point in the model that is loaded.
+    one, ``p.zero_point``. Of a sparse weight only codes other than 0 are in ``p.codes``, and ``p.kept`` says where, a
+    bit per weight: 8-bit codes at 2:4 take 5 bits per weight. The static step of a layer's input is ``p.input_scale``.
+    Every other tensor of the folded model keeps its key. Weights whose quantiser has no integer codes (floating
+    formats, several bases) are written folded; attention whose operands were quantised in training is in floating
+    point in the model that is loaded.
 
     Args:
         model: A module with plugged layers; it stays as it is.
@@ -66,7 +69,13 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
                 "per_channel": weight.layout.per_channel,
                 "axis": weight.layout.axis,
             }
-            tensors[f"{key}.codes"] = pack_codes((coded.codes.cpu() - low) // stride, 0, (high - low) // stride)
+            codes, levels = (coded.codes.cpu() - low) // stride, (high - low) // stride
+            kept = coded.codes.cpu() != 0
+            bits, count = bits_for(0, levels), int(kept.sum())
+            if coded.zero_point is None and kept.numel() + bits * count < bits * kept.numel():
+                entry["kept"], codes = count, codes[kept]
+                tensors[f"{key}.kept"] = pack_mask(kept)
+            tensors[f"{key}.codes"] = pack_codes(codes, 0, levels)
             tensors[f"{key}.scale"] = coded.scale.cpu().contiguous()
             if coded.zero_point is not None:
                 tensors[f"{key}.zero_point"] = coded.zero_point.cpu().contiguous()
@@ -166,7 +175,7 @@ def _load(
 
 
 def _codes(tensors: dict[str, Tensor], key: str, entry: dict[str, Any], path: str | Path) -> Codes:
-    for part in ("codes", "scale"):
+    for part in ("codes", "scale", *(["kept"] if "kept" in entry else [])):
         if f"{key}.{part}" not in tensors:
             raise LossplugError(f"the file lacks {key}.{part}", where=str(path))
     scale = tensors[f"{key}.scale"]
@@ -174,7 +183,13 @@ def _codes(tensors: dict[str, Tensor], key: str, entry: dict[str, Any], path: st
         raise LossplugError("a scale is not a number above 0: the file is corrupt", where=f"{path}: {key}")
     try:
         low, high, stride = entry["low"], entry["high"], entry["stride"]
-        codes = unpack_codes(tensors[f"{key}.codes"], 0, (high - low) // stride, entry["shape"]) * stride + low
+        places = None if "kept" not in entry else unpack_mask(tensors[f"{key}.kept"], tuple(entry["shape"]))
+        shape = entry["shape"] if places is None else [entry["kept"]]
+        codes = unpack_codes(tensors[f"{key}.codes"], 0, (high - low) // stride, shape) * stride + low
+        if places is not None:
+            if int(places.sum()) != entry["kept"]:
+                raise LossplugError(f"{entry['kept']} codes for {int(places.sum())} places: the file is corrupt")
+            codes = torch.zeros(places.shape, dtype=codes.dtype).masked_scatter_(places, codes)
     except LossplugError as error:
         raise LossplugError(error.what, where=f"{path}: {key}", remedy=error.remedy) from None
     return Codes(codes, scale, tensors.get(f"{key}.zero_point"))
@@ -221,4 +236,6 @@ def _entry(entry: dict[str, Any], path: str) -> dict[str, Any]:
         raise LossplugError(f"codes from {low} to {high} in steps of {stride} are no codes", where=path)
     if type(entry["group_size"]) not in (int, type(None)) or type(entry["axis"]) is not int:
         raise LossplugError("the layout of a weight is none", where=path)
+    if type(entry.get("kept", 0)) is not int or entry.get("kept", 0) < 0:
+        raise LossplugError(f"{entry['kept']!r} codes other than 0 are no number of codes", where=path)
     return {**entry, "shape": list(shape_of(entry["shape"], path)), "per_channel": bool(entry["per_channel"])}

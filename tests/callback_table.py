@@ -16,6 +16,7 @@ from lightning_lossplug.callbacks import (
     OnlineDistillation,
     SelfDistillation,
     SparsityHealth,
+    StepTrace,
     SwapLoss,
 )
 
@@ -37,6 +38,7 @@ CALLBACKS = {
     "SelfDistillation": lambda: SelfDistillation(),
     "DistillationReport": lambda: DistillationReport(on="train", plot=False),
     "SAM": lambda: SAM(),
+    "StepTrace": lambda: StepTrace(),
     "ExactResume": lambda: ExactResume(),
 }
 LANGUAGE = {"KVChannelShrink": lambda: KVChannelShrink(0.5, 0.5, calib_batches=2, window=2, sinks=1)}

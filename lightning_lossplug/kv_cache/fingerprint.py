@@ -1,4 +1,4 @@
-"""Telling whether factors belong to a model: a few numbers per layer that survive a change of dtype."""
+"""Telling whether factors belong to a model: a few numbers per layer that survive a change of dtype or of form."""
 
 from __future__ import annotations
 
@@ -20,19 +20,29 @@ def fingerprint(model: nn.Module, blocks: dict[int, AttentionBlock]) -> dict[str
     r"""Returns the class of a model and, per block, the direction of its weights.
 
     A number is :math:`\langle w, u\rangle / \|w\|` for the first entries w of the block's weights and a fixed vector u
-    of variance 1.
+    of variance 1. The weights are those that the block computes with: masked and quantised where they are in training,
+    and what the codes stand for in a model of integers, so that factors of a run serve what leaves it.
     """
     numbers = {}
     for index, block in sorted(blocks.items()):
         dot, square = 0.0, 0.0
-        for _, parameter in sorted(block.module.named_parameters()):
-            if parameter.ndim < 2:
-                continue
-            flat = parameter.detach().flatten()[:_SAMPLE].cpu().double()
+        for _, weight in _matrices(block.module):
+            flat = weight.detach().flatten()[:_SAMPLE].cpu().double()
             dot += float(flat @ _direction()[: len(flat)])
             square += float(flat @ flat)
         numbers[str(index)] = round(dot / max(square, 1e-300) ** 0.5, 6)
     return {"model": type(model).__name__, "layers": numbers}
+
+
+def _matrices(module: nn.Module) -> list[tuple[str, Tensor]]:
+    found: dict[str, Tensor] = {}
+    for path, layer in module.named_modules():
+        if "_transforms" in path:  # what techniques keep beside a weight is none
+            continue
+        names = (name for name in (*layer._parameters, "weight") if not name.endswith(("_scale", "_zero_point")))
+        held = [name for name in names if isinstance(getattr(layer, name, None), Tensor)]
+        found |= {f"{path}.{name}": value for name in held if (value := getattr(layer, name)).ndim >= 2}
+    return sorted(found.items())
 
 
 @cache

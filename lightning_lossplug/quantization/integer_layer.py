@@ -87,6 +87,11 @@ class IntegerLayer(nn.Module):
         """Byte of an input of 0."""
         return self.input_zero + self.shift
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights that the codes stand for, float32."""
+        return self.codes.float() * self.weight_scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, in the dtype of ``x``."""
         if self.backend == "onednn":

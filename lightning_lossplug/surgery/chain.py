@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 Wrapper = Callable[..., Any]
+Watcher = Callable[[str, object], None]
 
 _ABSENT = object()
+_WATCHERS: list[Watcher] = []
 
 # Outside the modules: a deep copy of a module in the middle of a fit (weight averaging) must not copy callbacks.
 _CHAINS: WeakKeyDictionary[nn.Module, dict[str, MethodChain]] = WeakKeyDictionary()
@@ -31,8 +33,8 @@ class MethodChain:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             function = self.original
-            for _, wrapper in self._innermost_first():
-                function = functools.partial(wrapper, function)
+            for key, (_, wrapper) in self._innermost_first():
+                function = functools.partial(_told(name, key, wrapper) if _WATCHERS else wrapper, function)
             return function(*args, **kwargs)
 
         # Lightning reads the signature of training_step through __wrapped__; for configure_model it must not look
@@ -51,8 +53,28 @@ class MethodChain:
             else:
                 vars(owner)[key] = value
 
-    def _innermost_first(self) -> list[tuple[int, Wrapper]]:
-        return sorted(self.wrappers.values(), key=lambda item: item[0])[::-1]
+    def _innermost_first(self) -> list[tuple[object, tuple[int, Wrapper]]]:
+        return sorted(self.wrappers.items(), key=lambda item: item[1][0])[::-1]
+
+
+def watch_chains(watcher: Watcher) -> Callable[[], None]:
+    """Calls ``watcher(method, key)`` before every wrapper that runs; returns a function that ends it."""
+    _WATCHERS.append(watcher)
+
+    def end() -> None:
+        if watcher in _WATCHERS:
+            _WATCHERS.remove(watcher)
+
+    return end
+
+
+def _told(name: str, key: object, wrapper: Wrapper) -> Wrapper:
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        for watcher in _WATCHERS:
+            watcher(name, key)
+        return wrapper(*args, **kwargs)
+
+    return tell
 
 
 def wrap_method(

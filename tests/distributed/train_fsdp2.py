@@ -83,19 +83,23 @@ class Middle(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(folder, recipe, devices, checkpoint=None):
-    """Trains and returns masks, whole latent weights, what the products used, and the rows of this rank's shards."""
+def fit(folder, recipe, devices, checkpoint=None, shards=False):
+    """Trains; the checkpoint is one file, or a folder of shards.
+
+    Returns masks, whole latent weights, what the products used, and the rows of this rank's shards.
+    """
     module = Net(devices > 1)
     sparse = NMSparsity(2, 4, recipe, include=LAYERS, **RECIPES[recipe])
-    health = SparsityHealth(str(folder / f"{recipe}_{devices}_{bool(checkpoint)}"), every=2, plot=False)
-    sharded = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    name = f"{recipe}{'_shards' * shards}"
+    health = SparsityHealth(str(folder / f"{name}_{devices}_{bool(checkpoint)}"), every=2, plot=False)
+    sharded = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": shards}
     trainer = pl.Trainer(
         max_epochs=STEPS,
         accelerator="cpu",
         devices=devices,
         strategy=ModelParallelStrategy(**sharded) if devices > 1 else "auto",
         use_distributed_sampler=False,
-        callbacks=[sparse, health] if checkpoint else [sparse, health, Middle(folder / f"{recipe}.ckpt")],
+        callbacks=[sparse, health] if checkpoint else [sparse, health, Middle(folder / f"{name}.ckpt")],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -121,4 +125,6 @@ if __name__ == "__main__":
     for name in RECIPES:
         straight = fit(home, name, 2)
         runs[name] = {"straight": straight, "resumed": fit(home, name, 2, home / f"{name}.ckpt")}
+        fit(home, name, 2, shards=True)
+        runs[name]["from shards"] = fit(home, name, 2, home / f"{name}_shards.ckpt", shards=True)
     torch.save(runs, home / f"rank{runs[name]['straight']['rank']}.pt")

@@ -93,6 +93,12 @@ CASES = {  # what trains, and with what; ExactResume is in every run
 }
 
 
+def pair_of(case):
+    """``A+B``: one of the callbacks that exchange gradients and any other, in the order of the name."""
+    made = {name: CASES[name][1] for name in case.split("+")}
+    return plain_sgd, lambda: [callback for make in made.values() for callback in make()]
+
+
 class Pace(pl.Callback):
     """Tells how far a run is, and slows it down so that a signal can fall anywhere into a step."""
 
@@ -143,7 +149,7 @@ def strategy_of(name):
 
 def fit(case, strategy, rank, folder, epochs=EPOCHS, exact=True):
     """Trains from the last checkpoint if there is one; returns what the run ended with."""
-    build, made = CASES[case]
+    build, made = pair_of(case) if "+" in case else CASES[case]
     module, loader = build(rank)
     if strategy == "fsdp2":
         module.__class__ = SHARDED[type(module)]
@@ -330,6 +336,22 @@ def elastic(case, folder, first, second):
     return {**report, "seconds": round(time.monotonic() - began, 1)}
 
 
+def pair(one, two, folder):
+    """Both orders of two callbacks on two processes: the same bits, or the same line that refuses them."""
+    began, found = time.monotonic(), []
+    report = {"case": f"{one}+{two}", "strategy": "ddp", "failures": []}
+    for case in (f"{one}+{two}", f"{two}+{one}"):
+        found.append(finish(start(case, "ddp", folder / case, 0, epochs=1), folder / case))
+    texts = [ranks if isinstance(ranks, str) else ranks[0].get("refused") for ranks in found]
+    if any(isinstance(ranks, str) for ranks in found) or (texts[0] is None) != (texts[1] is None):
+        report["failures"] += [str(text) for text in texts]
+    elif texts[0] is not None:
+        report["refused"] = texts[0]
+    else:
+        report["failures"] += differences(*[[rank["model"] for rank in ranks] for ranks in found])
+    return {**report, "seconds": round(time.monotonic() - began, 1)}
+
+
 def run(case, strategy, folder, trials, kills, seed, lose_a_rank):
     began = time.monotonic()
     folder = folder / f"{case}-{strategy}"
@@ -363,8 +385,16 @@ def main():
     parser.add_argument("--strategies", nargs="+", default=list(RANKS), choices=list(RANKS))
     parser.add_argument("--lose-a-rank", action="store_true", help="kill one rank alone; the others have to end")
     parser.add_argument("--elastic", action="store_true", help="resume with another number of processes instead")
+    parser.add_argument("--pairs", action="store_true", help="every pair with one that exchanges gradients instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.pairs:
+        for one in ("CompressedGradients", "LocalUpdates"):
+            for two in (
+                [name for name in (*CALLBACKS, "LocalUpdates") if name != one] if one in options.callbacks else []
+            ):
+                print(json.dumps(pair(one, two, options.folder.resolve())), flush=True)
+        return
     if options.elastic:
         for first, second in (("single", "ddp"), ("ddp", "single")):
             for case in options.callbacks:

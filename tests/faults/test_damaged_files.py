@@ -4,13 +4,16 @@ import fcntl
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from callback_runs import OrderedLoader, Plain, assert_equal, make_trainer, state_of
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_models import kv_factors
 from torch import nn
@@ -48,11 +51,11 @@ def limited(*actions):
     return lines
 
 
-def train(folder, steps, resume=None, exact=True, seed=0):
+def train(folder, steps, resume=None, exact=True, seed=0, extra=()):
     torch.manual_seed(seed)
     module = Plain(dropout=0.1)
     saver = ModelCheckpoint(folder, filename="last", every_n_train_steps=4, enable_version_counter=False)
-    callbacks = [NMSparsity(2, 4, "nm_srste"), saver, *([ExactResume()] if exact else [])]
+    callbacks = [NMSparsity(2, 4, "nm_srste"), *extra, saver, *([ExactResume()] if exact else [])]
     trainer = make_trainer(max_steps=steps, max_epochs=-1, enable_checkpointing=True, callbacks=callbacks)
     trainer.fit(module, OrderedLoader(), ckpt_path=resume)
     return module
@@ -188,6 +191,47 @@ def test_two_runs_that_share_a_folder_do_not_mix(tmp_path):
     second.remove_checkpoint(path)
     first.save_checkpoint({"run": 1}, path)
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+SECOND = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/faults"]
+from lightning_lossplug import LossplugError
+from test_damaged_files import *
+try:
+    train({folder!r}, 8)
+except LossplugError as error:
+    print("REFUSED", error)
+"""
+
+
+class Meanwhile(Callback):
+    """Starts another run into a folder, and forks a child that outlives this run, in the middle of a batch."""
+
+    def __init__(self, folder):
+        self.folder, self.said, self.child = folder, "", 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6:
+            code = SECOND.format(root=str(ROOT), folder=str(self.folder))
+            self.said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+            self.child = os.fork()
+            if self.child == 0:
+                time.sleep(60)
+                os._exit(0)
+
+
+def test_a_second_run_into_the_same_folder_stops_before_its_first_step(tmp_path):
+    meanwhile = Meanwhile(tmp_path / "run")
+    straight = train(tmp_path / "run", 8, extra=[meanwhile])
+    assert f"{tmp_path}/run: another run is writing its checkpoints here" in meanwhile.said
+    assert meanwhile.said.count("\n") == 1
+    assert os.listdir(tmp_path / "run") == ["last.ckpt"]
+    try:
+        assert_equal(state_of(train(tmp_path / "run", 8)), state_of(straight))  # a child that lives on holds no lock
+    finally:
+        os.kill(meanwhile.child, signal.SIGKILL)
+        os.waitpid(meanwhile.child, 0)
 
 
 def test_what_a_killed_writer_left_is_taken_over_and_a_live_one_is_not(tmp_path):

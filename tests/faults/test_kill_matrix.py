@@ -94,6 +94,29 @@ def test_a_rank_that_is_lost_ends_the_others_and_the_run_goes_on(tmp_path):
 PER_RANK = ("CompressedGradients", "LocalUpdates")  # what has state that differs between processes
 
 
+EXCHANGED_TWICE = ("SAM", "GradientAdaptiveQAT", "LocalUpdates")
+
+
+def pairs(rows):
+    for row in rows:
+        assert not row["failures"], row
+        one, two = row["case"].split("+")
+        if two in EXCHANGED_TWICE:
+            assert f"{one}: " in row["refused"] or f"{two}: " in row["refused"], row
+            assert len(row["refused"].splitlines()) == 1
+        else:
+            assert "refused" not in row, row
+
+
+def test_compressed_gradients_beside_every_other(tmp_path):
+    pairs(matrix(tmp_path, "--pairs", "--callbacks", "CompressedGradients"))
+
+
+@pytest.mark.slow
+def test_local_updates_beside_every_other(tmp_path):
+    pairs(matrix(tmp_path, "--pairs", "--callbacks", "LocalUpdates"))
+
+
 def test_another_number_of_processes_goes_on(tmp_path):
     elastic(matrix(tmp_path, "--elastic", "--callbacks", *PER_RANK, "NMSparsity", "OnlineDistillation"))
 

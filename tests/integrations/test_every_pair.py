@@ -7,14 +7,15 @@ import torch
 from callback_runs import Plain, assert_equal, data, make_trainer, state_of
 from callback_table import CALLBACKS, LANGUAGE
 from tiny_models import LLAMA, Wrapped
+from tiny_moe import MoE
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_lossplug import LossplugError
+from lightning_lossplug.callbacks import MoEBalancing
 from lightning_lossplug.registry import registry
 
-# MoEBalancing needs a model with routers (tests/callbacks/test_moe_balancing.py), the other two need two processes
-# (tests/distributed/test_compressed_gradients.py).
+# MoEBalancing needs a model with routers (below), the other two need two processes (tests/faults/test_kill_matrix.py).
 ELSEWHERE = {"MoEBalancing", "CompressedGradients", "LocalUpdates"}
 REFUSED = {
     frozenset({"QAT", "GradientAdaptiveQAT"}): "two techniques want the quantization stage",
@@ -30,7 +31,7 @@ def _elsewhere(tmp_path, monkeypatch):
 def fit(module, loader, names):
     """Returns the module's state, or what refused the callbacks."""
     torch.manual_seed(0)
-    table = CALLBACKS | LANGUAGE
+    table = CALLBACKS | LANGUAGE | {"MoEBalancing": MoEBalancing}
     try:
         make_trainer(max_steps=4, max_epochs=-1, callbacks=[table[name]() for name in names]).fit(module, loader)
     except LossplugError as error:
@@ -78,6 +79,22 @@ def test_pairs_on_a_classifier(first):
             assert_equal(one, two)
 
 
+# They look at classes, or at what another callback does, and a language model of this file has neither.
+WITHOUT_TEXT = {"OnlineDistillation", "Distillation", "SparsityHealth", "DistillationReport"}
+
+
+def test_balanced_experts_beside_every_other():
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 64, (2, 16)) for _ in range(4)]
+    for name in set(CALLBACKS) - WITHOUT_TEXT:
+        one, two = both_orders(
+            lambda: (MoE("deepseek_v3", 0.01), DataLoader(batches, batch_size=None)), ["MoEBalancing", name]
+        )
+        assert not isinstance(one, str), (name, one)
+        assert not isinstance(two, str), (name, two)
+        assert_equal(one, two)
+
+
 def test_a_shrunk_cache_beside_every_other():
     torch.manual_seed(0)
     batches = [torch.randint(0, 64, (2, 16)) for _ in range(4)]
@@ -85,7 +102,7 @@ def test_a_shrunk_cache_beside_every_other():
     def build():
         return Wrapped(AutoModelForCausalLM.from_config(LLAMA)), DataLoader(batches, batch_size=None)
 
-    for name in set(CALLBACKS) - {"OnlineDistillation", "Distillation", "SparsityHealth", "DistillationReport"}:
+    for name in set(CALLBACKS) - WITHOUT_TEXT:
         one, two = both_orders(build, ["KVChannelShrink", name])
         assert not isinstance(one, str), (name, one)
         assert not isinstance(two, str), (name, two)

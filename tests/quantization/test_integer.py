@@ -144,6 +144,24 @@ def test_packed_files_hold_the_trained_model(bits_w, bits, tmp_path):
         torch.testing.assert_close(plain.state_dict()[key], value)
 
 
+@pytest.mark.parametrize(("n", "m", "bits_w"), [(2, 4, 8), (1, 8, 8), (2, 4, 4), (2, 4, 3)])
+def test_sparse_codes_take_a_bit_per_weight_and_their_own(n, m, bits_w, tmp_path):
+    module = Plain()
+    sparse = NMSparsity(n, m, "nm_ste", exclude=["net.4"])
+    quantised = QAT(bits_w, 8, first_last_bits=None, granularity="tensor")
+    make_trainer(max_steps=3, callbacks=[quantised, sparse]).fit(module, data())
+    report = save_packed(module.eval(), tmp_path / "a.safetensors")
+    weights = 16 * 32 + 32 * 32
+    assert report["bytes"] - 2 * 4 * 2 <= weights * min(bits_w, 1 + bits_w * n / m) / 8 + 4
+    x = next(iter(data()))[0]
+    loaded = load_packed(Plain(), tmp_path / "a.safetensors", fuse=False)
+    assert_close(loaded.net(x).detach(), module.net(x).detach())
+    for key, value in fold(module).state_dict().items():
+        plain = load_packed(Plain(), tmp_path / "a.safetensors", integers=False)
+        torch.testing.assert_close(plain.state_dict()[key], value)
+    assert (plain.net[0].weight == 0).float().mean() >= 1 - n / m
+
+
 def test_packed_groups_batch_norm_and_weights_alone(tmp_path):
     module = trained(Convolutions(), QAT(4, None, granularity="group", group_size=1, first_last_bits=None))
     save_packed(module, tmp_path / "a.safetensors")
@@ -208,7 +226,7 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path):
             lambda t, h: h["layers"]["net.0.weight"].pop("low"),
             r"net\.0\.weight: its description can't",
         ),
-        (lambda t, h: h["layers"]["net.0.weight"].update(low="x"), "codes from x to 3 in steps of 1 are no codes"),
+        (lambda t, h: h["layers"]["net.0.weight"].update(low="x"), r"codes from x to \d in steps of 1 are no codes"),
         (lambda t, h: h["layers"]["net.0.weight"].update(bounds=[1]), "IndexError"),
         (lambda t, h: t.pop("net.0.weight.codes"), r"lacks net\.0\.weight\.codes"),
         (lambda t, h: t.update({"net.0.weight.codes": t["net.0.weight.codes"][:3].clone()}), r"net\.0\.weight: "),
@@ -216,15 +234,25 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path):
         (lambda t, h: t.pop("net.0.weight.input_scale"), "KeyError"),
         (lambda t, h: t["net.0.weight.input_scale"].neg_(), "the input's scale is not above 0"),
         (lambda t, h: t.update({"net.0.bias": torch.ones(3)}), r"net\.0\.bias: the file has a weight of shape \[3\]"),
+        (
+            lambda t, h: h["layers"]["net.3.weight"].update(kept=5),
+            r"net\.3\.weight: .* torch\.uint8 for 5 codes",
+        ),
+        (lambda t, h: h["layers"]["net.3.weight"].update(kept=-1), "-1 codes other than 0 are no number of codes"),
+        (lambda t, h: t["net.3.weight.kept"].zero_(), r"\d+ codes for 0 places: the file is corrupt"),
+        (lambda t, h: t.pop("net.3.weight.kept"), r"KeyError|lacks net\.3\.weight\.kept"),
+        (lambda t, h: h["layers"]["net.3.weight"].pop("kept"), r"net\.3\.weight: .* for 1024 codes"),
     ],
-    ids=range(10),
+    ids=range(15),
 )
 def test_corrupt_descriptions_are_refused_in_one_line(edit, message, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     path, (key, module) = tmp_path / "a.safetensors", ("lossplug_quantized", Plain())
-    save_packed(trained(module, QAT(4, 4)), path)
+    sparse = NMSparsity(2, 4, "nm_oneshot", include=["net.3"])
+    make_trainer(max_steps=1, callbacks=[QAT(4, 4), sparse]).fit(module, data())
+    save_packed(module.eval(), path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[key])
     tensors = load_file(path)

@@ -12,6 +12,8 @@ import compressed_gradients
 import distillation_smollm2
 import distillation_vision
 import gaqat_domains
+import golden_smollm2
+import golden_vision
 import label_noise
 import long_tail
 import nm_recipes
@@ -274,6 +276,39 @@ def test_gaqat_domains(root, output):
     assert results["GAQAT"]["frozen"] == pytest.approx(0.2, abs=0.02)
     assert results["LSQ+SAGM"]["frozen"] == 0
     assert "| GAQAT |" in output.with_suffix(".md").read_text()
+
+
+def test_everything_together_and_one_by_one(root, output):
+    rows = ["plain", "together", "one after the other, one schedule"]
+    own = ["--rows", *rows, "--limit", "128", "--epochs", "4", "--width", "32", "--depth", "1"]
+    command = ["--root", root, "--output", str(output), *TINY, *own]
+    golden_vision.main(command)
+    results = {r["run"]["row"]: r["result"] for r in records(output)}
+    for row in rows[1:]:
+        assert results[row]["integers"]
+        assert results[row]["zeros"] == pytest.approx(0.5, abs=0.05)
+        assert results[row]["bytes"] < 0.5 * results["plain"]["bytes"]
+        assert results[row]["export agreement"] > 0.98
+    assert results["plain"]["export difference"] == 0
+    assert "| together |" in output.with_suffix(".md").read_text()
+
+
+def test_everything_together_on_a_language_model(output, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    rows = ["plain", "together", "one after the other"]
+    own = ["--rows", *rows, "--model", str(tmp_path / "model"), "--tokenizer", "bytes", "--steps", "4"]
+    small = ["--block", "96", "--tests", "2", "--seeds", "0", "--batch", "2", "--device", "cpu"]
+    golden_smollm2.main(["--output", str(output), *own, *small])
+    results = {r["run"]["row"]: r["result"] for r in records(output)}
+    for row in rows[1:]:  # the factors of a run serve the model of integers that left it
+        assert results[row]["cache share"] == pytest.approx(0.5)
+        assert results[row]["decoding"] != results[row]["decoding, exact cache"]
+        assert results[row]["perplexity"] == pytest.approx(results[row]["trained perplexity"], rel=0.01)
+        assert results[row]["bytes"] < 0.9 * results["plain"]["bytes"]
+    assert "| together |" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiny_models import kv_factors
 
 from lightning_lossplug import LossplugError
-from lightning_lossplug.callbacks import QAT, read_checkpoint
+from lightning_lossplug.callbacks import QAT, NMSparsity, read_checkpoint
 from lightning_lossplug.distillation import CachedTeacher, cache_teacher
 from lightning_lossplug.export import artifact_folder, read_masks, write_masks
 from lightning_lossplug.export.folder import read_artifact_manifest, write_manifest
@@ -57,7 +57,7 @@ def write_packed(folder):
     folder.mkdir()
     torch.manual_seed(0)
     module = Plain()
-    make_trainer(max_steps=1, callbacks=[QAT(4, 8)]).fit(module, data())
+    make_trainer(max_steps=1, callbacks=[NMSparsity(2, 4, "nm_oneshot"), QAT(4, 8)]).fit(module, data())
     save_packed(module, folder / "a.safetensors")
 
 
