@@ -27,11 +27,13 @@ def test_json_bits_and_perplexity(cli, language_model, text, tmp_path):
     code, out, err = cli(
         "shrink-kv", language_model, "--text", text,
         "--k-ratio", 0.5, "--v-ratio", 0.25, "--bits", 4, "-o", tmp_path / "f",
+        "--residual", "block_lagged", "--k-metric", "gradient", "--v-metric", "plain", "--means",
         "--block-size", 32, "--evaluate", 2, "--json", "--plot", tmp_path / "a.png",
     )  # fmt: skip
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["layers"]["0"]["k_rank"] == 8
+    assert 0 < found["seconds"] < 60
     assert found["layers"]["2"]["v_rank"] == 12
     assert found["bytes_per_token"] == 3 * (4 + 4 + 6 + 4)
     assert found["tokens"] == (56 * 12 + 1 - 64) // 32 * (32 - 4)
@@ -66,6 +68,8 @@ def test_orthogonal_bases(cli, language_model, text, tmp_path):
         (["--factors", "kivi"], "factors is 'kivi'"),
         (["--error-budget", "0.1"], "error_budget is for factors='eigen_attention'"),
         (["--error-budget", "0.1", "--budget", "0.2"], "both ratios or a budget and an error budget"),
+        (["--residual", "blocks"], "residual is 'blocks'. Did you mean 'block'"),
+        (["--v-metric", "outputs"], "v_metric is 'outputs'. Did you mean 'output'"),
         (["--init", "svf"], "init is 'svf'. Did you mean 'svd'"),
         (["--budgt", "0.2"], "unknown option --budgt. Did you mean '--budget'"),
     ],
