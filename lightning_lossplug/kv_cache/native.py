@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -17,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.kv_cache.latent import LatentDecoders, LatentTokens
+from lightning_lossplug.native import load
 
 SOURCE = Path(__file__).with_name("latent_attention.cpp")
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
 PAD = 16  # floats, as in the source
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGERS = [
@@ -42,14 +36,12 @@ class Problem(ctypes.Structure):
 @cache
 def native_library() -> ctypes.CDLL | str:
     """Returns the compiled function, or in words why there is none."""
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-        library.lossplug_problem_bytes.restype = ctypes.c_int64
-        if library.lossplug_problem_bytes() != ctypes.sizeof(Problem):
-            return "its arguments have another layout"
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return detail.strip().splitlines()[0][:200] if detail.strip() else type(error).__name__
+    library = load(SOURCE)
+    if isinstance(library, str):
+        return library
+    library.lossplug_problem_bytes.restype = ctypes.c_int64
+    if library.lossplug_problem_bytes() != ctypes.sizeof(Problem):
+        return "its arguments have another layout"
     return library
 
 
@@ -61,25 +53,6 @@ def native_or_warn() -> ctypes.CDLL | None:
         warnings.warn(f"attention over codes runs in PyTorch, since its C++ function can't be used: {library}")
         return None
     return library
-
-
-def _compiled() -> Path:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None:
-        raise OSError("there is no C++ compiler")
-    about = Path("/proc/cpuinfo")
-    flags = next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    key = "\n".join([SOURCE.read_text(), compiler, *FLAGS, platform.machine(), flags])
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_lossplug"
-    target = base / f"latent_attention_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.is_file():
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=base) as folder:
-            made = Path(folder) / target.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            made.replace(target)  # at once, for processes that compile at the same time
-    return target
 
 
 class NativeDecoders:

@@ -5,9 +5,9 @@ A weight of shape ``[R, ...]`` with K entries per index of the first axis has bi
 the weight's rows, as FSDP2 and column-parallel layers make it, therefore has the same rows of the bits.
 
 On a CPU nothing is unpacked to use a mask: a byte is looked up in a table of 256 rows with what becomes of eight
-weights, which is also faster than ``torch.where``, whose branches a mask makes unpredictable
-(``tests/benchmarks/bench_mask_bits.py``). Elsewhere, and under ``torch.compile``, bits are shifts and comparisons that
-fuse with what uses them.
+weights, in C++ (:mod:`~lightning_lossplug.sparsity.native`) or, without a compiler, by torch. Either is also faster
+than ``torch.where``, whose branches a mask makes unpredictable (``tests/benchmarks/bench_mask_bits.py``). Elsewhere,
+and under ``torch.compile``, bits are shifts and comparisons that fuse with what uses them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE
+from lightning_lossplug.sparsity.native import keep, native, scale
 from lightning_lossplug.sparsity.sharding import is_sharded, shard_like
 
 _WORDS = sys.byteorder == "little"
@@ -61,6 +62,8 @@ def unpack_rows(bits: Tensor, shape: Sequence[int]) -> Tensor:
 
 def masked(values: Tensor, bits: Tensor) -> Tensor:
     """Returns ``values`` where a mask is set and ``+0.0``, whatever they hold, elsewhere."""
+    if (library := native(values, bits)) is not None:
+        return keep(library, values.detach(), bits, torch.empty_like(values))
     if not (_looked_up(bits) and values.is_contiguous()):
         return torch.where(unpack_rows(bits, values.shape), values, 0.0)
     integer = INTEGER_OF_SIZE[values.element_size()]
@@ -70,12 +73,21 @@ def masked(values: Tensor, bits: Tensor) -> Tensor:
 
 def mask_(values: Tensor, bits: Tensor) -> Tensor:
     """Sets ``values`` to 0 where a mask isn't set, in place."""
+    if (library := native(values, bits)) is not None:
+        return keep(library, values, bits, values)
     if not (_looked_up(bits) and values.is_contiguous()):
         return values.mul_(unpack_rows(bits, values.shape))
     integer = INTEGER_OF_SIZE[values.element_size()]
     found = _cut(_ALL_BITS[integer].index_select(0, bits.reshape(-1).int()), bits, values.shape)
     values.detach().view(integer).bitwise_and_(found)
     return values
+
+
+def attenuated(values: Tensor, bits: Tensor, decay: float) -> Tensor:
+    """Returns float32 or float64 ``values`` where a mask is set and ``decay`` times them elsewhere."""
+    if (library := native(values, bits)) is not None:
+        return scale(library, values, bits, torch.empty_like(values), 1.0, decay)
+    return factors(bits, values, 1.0, decay).mul_(values)
 
 
 def factors(bits: Tensor, like: Tensor, kept: float, pruned: float | Tensor) -> Tensor:

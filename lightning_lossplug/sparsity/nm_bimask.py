@@ -252,16 +252,17 @@ class NMBiMask(PhasedRecipe):
         assert isinstance(transform, BiMaskTransform)
         transform.step = step
 
-    def new_mask(
+    def new_bits(
         self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
     ) -> Tensor:
         """The forward mask; the backward one goes into the transform."""
         assert isinstance(transform, BiMaskTransform)
-        mask = super().new_mask(transform, weight, n, m, scores, first)
+        bits = super().new_bits(transform, weight, n, m, scores, first)
+        mask = unpack_rows(bits, weight.shape)
         axis = transform.output_axis
         if first or transform.step % self.permute_every == 0:
             generator = torch.Generator().manual_seed(self.seed + transform.step)
             order = best_order(weight, mask, n, m, transform.order, self.num_candidates, axis, generator)
             transform.order.copy_(order)
         transform.back_bits.copy_(pack_rows(backward_mask(weight, mask, n, m, transform.order, axis)))
-        return mask
+        return bits

@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
 from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE, fill_mask
+from lightning_lossplug.sparsity.bits import pack_rows
+from lightning_lossplug.sparsity.native import make_mask, native
 
 
 @register(
@@ -28,6 +30,7 @@ def nm_mask(
     scores: Tensor | None = None,
     *,
     check_finite: bool = True,
+    packed: bool = False,
 ) -> Tensor:
     """Returns the N:M mask of a weight.
 
@@ -48,9 +51,11 @@ def nm_mask(
         scores: Replaces ``|weight|``: non-negative, of the shape of ``weight``.
         check_finite: Look for NaN, infinity and negative scores. It costs one pass and on an accelerator waits for the
             device. Without it a NaN counts as larger than infinity, and the sign of a score is ignored.
+        packed: Return bits, an eighth of the memory (:func:`~lightning_lossplug.sparsity.unpack_rows` undoes it).
 
     Returns:
-        Bool tensor of the shape of ``weight``, true where an entry is kept.
+        Bool tensor of the shape of ``weight``, true where an entry is kept; or its bits, uint8 ``[R, ceil(K / 8)]`` for
+        R indices of the first axis and K entries each.
 
     Raises:
         LossplugError: Not a floating-point tensor, a pattern that doesn't fit the axis, scores of another shape, or
@@ -69,8 +74,10 @@ def nm_mask(
                 remedy="Give one score per entry",
             )
         scores = scores.detach()
-    compute = _mask_op if torch.compiler.is_compiling() else _mask
-    return compute(weight.detach(), scores, n, m, axis, check_finite)
+    if torch.compiler.is_compiling():
+        mask = _mask_op(weight.detach(), scores, n, m, axis, check_finite)
+        return pack_rows(mask) if packed else mask
+    return _mask(weight.detach(), scores, n, m, axis, check_finite, packed)
 
 
 def flip_rate(before: Tensor, after: Tensor) -> Tensor:
@@ -155,15 +162,27 @@ def require_finite(values: Tensor, name: str, lowest: float = -math.inf) -> None
     )
 
 
-def _mask(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
-    if check_finite:
+def _mask(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool, packed: bool) -> Tensor:
+    source = weight if scores is None else scores
+    library = native(weight, source) if n < m and weight.numel() else None
+    if check_finite and (library is None or scores is not None):
         require_finite(weight, "weight")
         if scores is not None:
             require_finite(scores, "scores", lowest=0.0)
+    if library is not None:
+        mask, ordered = make_mask(library, source, n, m, axis, packed)
+        if check_finite and not ordered:
+            require_finite(weight, "weight")
+        return mask
     mask = torch.empty_like(weight, dtype=torch.bool)
     if n == m:
-        return mask.fill_(True)
-    source = weight if scores is None else scores
+        mask.fill_(True)
+    else:
+        _fill(mask, source, n, m, axis)
+    return pack_rows(mask) if packed else mask
+
+
+def _fill(mask: Tensor, source: Tensor, n: int, m: int, axis: int) -> None:
     # In the order in which it lies in memory, the weight is [before the axis, axis, after the axis], whatever its
     # strides; only a tensor with holes or overlaps, or scores that lie differently, have to be copied.
     order = sorted(range(mask.ndim), key=lambda place: -mask.stride()[place])
@@ -172,12 +191,11 @@ def _mask(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, chec
         before = math.prod(packed.shape[: order.index(axis)])
         shape = (before * (mask.shape[axis] // m), m, -1)
         fill_mask(packed.view(shape), n, packed_mask.view(shape))
-    return mask
 
 
 @torch.library.custom_op("lightning_lossplug::nm_mask", mutates_args=())
 def _mask_op(weight: Tensor, scores: Tensor | None, n: int, m: int, axis: int, check_finite: bool) -> Tensor:
-    return _mask(weight, scores, n, m, axis, check_finite)
+    return _mask(weight, scores, n, m, axis, check_finite, packed=False)
 
 
 @_mask_op.register_fake

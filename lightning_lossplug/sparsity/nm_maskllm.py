@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
-from lightning_lossplug.sparsity.bits import masked
+from lightning_lossplug.sparsity.bits import masked, pack_rows
 from lightning_lossplug.sparsity.nm_mask import nm_mask
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 from lightning_lossplug.sparsity.transform import NMTransform
@@ -205,7 +205,7 @@ class NMMaskLLM(PhasedRecipe):
         """The learned mask; the weight is frozen."""
         return MaskLLMTransform(weight, axis, output_axis, self.n, self.m, self.seed)
 
-    def new_mask(
+    def new_bits(
         self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
     ) -> Tensor:
         """The likeliest patterns; at first the prior is put into the logits."""
@@ -214,7 +214,7 @@ class NMMaskLLM(PhasedRecipe):
             known = nm_mask(weight, n, m, transform.axis, scores)
             groups = transform.to_groups(known)
             transform.logits.copy_(add_prior(transform.logits, transform.patterns, groups, self.prior_strength))
-        return transform.to_weight(transform.choice())
+        return pack_rows(transform.to_weight(transform.choice()))
 
     def tune(self, transform: NMTransform, step: int, total_steps: int | None) -> None:
         """Sets the temperatures."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.bits import unpack_rows
 from lightning_lossplug.sparsity.nm_mask import group_axis, nm_mask
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, need
 from lightning_lossplug.sparsity.saving import note
@@ -130,12 +131,13 @@ class NMSSTE(PhasedRecipe):
         """The soft threshold."""
         return SSTETransform(weight, axis, output_axis, self.m)
 
-    def new_mask(
+    def new_bits(
         self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
     ) -> Tensor:
         """The mask, and once the scale."""
         assert isinstance(transform, SSTETransform)
-        mask = super().new_mask(transform, weight, n, m, scores, first)
+        bits = super().new_bits(transform, weight, n, m, scores, first)
         if first and self.rescale == "fixed":
+            mask = unpack_rows(bits, weight.shape)
             transform.beta.copy_(rescale(weight, soft_threshold(weight, n, m, transform.axis, mask)))
-        return mask
+        return bits

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_lossplug.registry import register
+from lightning_lossplug.sparsity.bits import pack_rows
 from lightning_lossplug.sparsity.recipes import PhasedRecipe, StepState, need, steps_of
 from lightning_lossplug.sparsity.transform import NMTransform
 from lightning_lossplug.sparsity.transposable import SOLVERS, Solver, transposable_mask
@@ -51,11 +52,11 @@ class NMTransposable(PhasedRecipe):
             reason = f"M = {self.m} does not divide the output axis of {output_length}"
         return reason
 
-    def new_mask(
+    def new_bits(
         self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
     ) -> Tensor:
         """The transposable mask."""
-        return transposable_mask(weight, n, m, self.solver, (transform.output_axis, transform.axis), scores)
+        return pack_rows(transposable_mask(weight, n, m, self.solver, (transform.output_axis, transform.axis), scores))
 
 
 @register(

@@ -123,10 +123,10 @@ class Recipe(ABC):
         """Returns what stands in the weight's stack."""
         return NMTransform(weight, axis=axis, output_axis=output_axis)
 
-    def new_mask(
+    def new_bits(
         self, transform: NMTransform, weight: Tensor, n: int, m: int, scores: Tensor | None, first: bool
     ) -> Tensor:
-        """Returns the mask of a step.
+        """Returns the bits of a step's mask (:func:`~lightning_lossplug.sparsity.pack_rows`).
 
         Args:
             transform: What :meth:`build_transform` built.
@@ -136,7 +136,7 @@ class Recipe(ABC):
             scores: Replaces the magnitude, or None.
             first: Whether it is the first mask of the run.
         """
-        return nm_mask(weight, n, m, dim=transform.axis, scores=scores)
+        return nm_mask(weight, n, m, dim=transform.axis, scores=scores, packed=True)
 
     def tune(self, transform: NMTransform, step: int, total_steps: int | None) -> None:  # noqa: B027
         """Sets what else the transform needs for a step."""

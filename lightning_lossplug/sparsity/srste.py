@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.sparsity.bits import factors, pack_rows
+from lightning_lossplug.sparsity.native import native, pull, scale
 
 
 def srste_penalty_(grad: Tensor, weight: Tensor, mask: Tensor, lambda_w: float) -> Tensor:
@@ -17,12 +18,18 @@ def srste_penalty_(grad: Tensor, weight: Tensor, mask: Tensor, lambda_w: float) 
         mask: Boolean mask, True where kept, or its bits (``pack_rows``).
         lambda_w: Strength >= 0; 2e-4 in the paper's code.
     """
-    return grad.addcmul_(weight.to(grad.dtype), factors(_bits(mask), grad, 0.0, lambda_w))
+    bits = _bits(mask)
+    if grad.dtype == weight.dtype and grad.element_size() > 2 and (library := native(grad, weight, bits)) is not None:
+        return pull(library, grad, weight, bits, lambda_w)
+    return grad.addcmul_(weight.to(grad.dtype), factors(bits, grad, 0.0, lambda_w))
 
 
 def srste_decay_(weight: Tensor, mask: Tensor, lambda_w: float, lr: float) -> Tensor:
     """Multiplies pruned weights by ``1 - lr lambda_w``, in place: the same pull outside the optimizer's moments."""
-    return weight.mul_(factors(_bits(mask), weight, 1.0, 1 - lr * lambda_w))
+    bits = _bits(mask)
+    if weight.element_size() > 2 and (library := native(weight, bits)) is not None:
+        return scale(library, weight, bits, weight, 1.0, 1 - lr * lambda_w)
+    return weight.mul_(factors(bits, weight, 1.0, 1 - lr * lambda_w))
 
 
 def _bits(mask: Tensor) -> Tensor:

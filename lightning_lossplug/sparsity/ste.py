@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError, suggestion
-from lightning_lossplug.sparsity.bits import factors, masked, pack_rows, unpack_rows
+from lightning_lossplug.sparsity.bits import attenuated, masked, pack_rows, unpack_rows
 
 GradMode = Literal["ste", "masked"]
 GRAD_MODES = ("ste", "masked")
@@ -90,7 +90,7 @@ def attenuate(values: Tensor, mask: Tensor, decay: float | Tensor | None) -> Ten
         if decay is None or float(decay) == 0:
             return masked(values, bits)
         if values.dtype in (torch.float32, torch.float64):  # a factor in 16 bits would be a rounded one
-            return factors(bits, values, 1.0, decay).mul_(values)
+            return attenuated(values, bits, float(decay))
     if mask.dtype == torch.uint8:
         mask = unpack_rows(mask, values.shape)
     if decay is None:

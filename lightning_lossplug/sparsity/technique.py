@@ -320,12 +320,12 @@ class NMTechnique(Technique[NMSettings]):
         transform, weight = layer.transform, full(layer.weight)
         try:
             scores = self.score(weight, **transform.signals(weight)) if self.settings.score != "magnitude" else None
-            mask = layer.recipe.new_mask(transform, weight, *pattern, scores, first=layer.pattern is None)
+            bits = layer.recipe.new_bits(transform, weight, *pattern, scores, first=layer.pattern is None)
         except LossplugError as error:
             raise LossplugError(error.what, where=name, remedy=error.remedy) from None
-        before = transform.set_mask(mask)
         if self.measure and layer.pattern is not None:
-            layer.flip_rate = changed(before, transform.bits) / mask.numel()
+            layer.flip_rate = changed(transform.bits, bits) / weight.numel()
+        transform.set_bits(bits)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:

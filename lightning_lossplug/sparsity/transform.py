@@ -46,11 +46,9 @@ class NMTransform(Watched):
         """The mask as a bool tensor of the weight's shape, true where an entry is kept: unpacked at each reading."""
         return unpack_rows(self.bits, self.shape)
 
-    def set_mask(self, mask: Tensor) -> Tensor:
-        """Takes a bool mask; returns the bits of the one before."""
-        before = self.bits.clone()
-        self.bits.copy_(pack_rows(mask))
-        return before
+    def set_bits(self, bits: Tensor) -> None:
+        """Takes a mask in bits."""
+        self.bits.copy_(bits)
 
     def set_decay(self, decay: float) -> None:
         """Sets the factor of the pruned weights: 1 is dense, 0 is a hard mask."""
@@ -83,7 +81,7 @@ class NMTransform(Watched):
 
     def reset(self) -> None:
         """Goes back to where a new run starts: nothing is pruned."""
-        self.set_mask(torch.ones(self.shape, dtype=torch.bool, device=self.bits.device))
+        self.set_bits(pack_rows(torch.ones(self.shape, dtype=torch.bool, device=self.bits.device)))
 
     def check_fold(self) -> str | None:
         """Refuses while the decay is above 0: the folded weight would not be sparse."""

@@ -5,6 +5,7 @@ import torch
 from families import FAMILIES, model_of, tokens
 from test_kv_generate import FULL, HALF, factors_of, generate, padded, same
 
+from lightning_lossplug import native as compiled
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, KVShrinkSettings
 from lightning_lossplug.integrations.kv_cache.states import ShrunkStates
@@ -123,8 +124,7 @@ def test_stand_ins_are_tensors_to_everybody_else():
 
 def test_no_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DOTHER"))
-    for function in (native.native_library, native.native_or_warn):
+    for function in (compiled.load, native.native_library, native.native_or_warn):
         function.cache_clear()
     model = model_of("llama")
     factors = factors_of(model, FULL)
@@ -133,7 +133,7 @@ def test_no_compiler_is_one_line(monkeypatch):
     with pytest.warns(UserWarning, match=r"runs in PyTorch, since its C\+\+ function can't be used: .*nowhere"):
         generate(model, padded(), cache := ChannelShrunkCache(model, factors))
     assert uses(cache) == {"latent"}
-    for function in (native.native_library, native.native_or_warn):
+    for function in (compiled.load, native.native_library, native.native_or_warn):
         function.cache_clear()
 
 

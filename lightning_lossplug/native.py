@@ -1,0 +1,51 @@
+"""The library's C++ functions for CPUs, compiled at first use with the compiler that is there."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | str:
+    """Returns a compiled source, or in words why there is none.
+
+    What was compiled is kept under ``$XDG_CACHE_HOME/lightning_lossplug`` (``~/.cache``), by source, compiler and
+    processor. Its threads are those of torch, whose OpenMP library is in the process already.
+
+    Args:
+        source: A C++ file with functions of C linkage.
+    """
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return detail.strip().splitlines()[0][:200] if detail.strip() else type(error).__name__
+
+
+def _compiled(source: Path) -> Path:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise OSError("there is no C++ compiler")
+    about = Path("/proc/cpuinfo")
+    flags = next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    key = "\n".join([source.read_text(), compiler, *FLAGS, platform.machine(), flags])
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_lossplug"
+    target = base / f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=base) as folder:
+            made = Path(folder) / target.name
+            command = [compiler, *FLAGS, str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(target)  # at once, for processes that compile at the same time
+    return target

@@ -1,0 +1,115 @@
+"""The C++ functions of masks on tensors; each caller has a way in PyTorch for what these do not take.
+
+They take plain contiguous tensors on a CPU, and not under anything that watches operators go by (``torch.compile``,
+tracing, fake tensors, ``torch.func``): it would not see them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lossplug.native import load
+
+SOURCE = Path(__file__).with_name("masks.cpp")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_EACH = 1 << 16  # entries that are worth a thread
+_INTEGER, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_ARGUMENTS = {
+    "lossplug_nm_mask": [_POINTER, *[_INTEGER] * 8, _POINTER, _INTEGER, _INTEGER],
+    "lossplug_keep": [*[_POINTER] * 3, *[_INTEGER] * 4],
+    "lossplug_scale": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INTEGER],
+    "lossplug_pull": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _INTEGER],
+}
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = load(SOURCE)
+    if isinstance(library, str):
+        warnings.warn(f"N:M masks are made in PyTorch (slower), since their C++ functions can't be used: {library}")
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _INTEGER if name == "lossplug_nm_mask" else None
+    return library
+
+
+def native(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Returns the functions if they can work on these tensors, or None."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return None
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        return None
+    return _library()
+
+
+def make_mask(library: ctypes.CDLL, source: Tensor, n: int, m: int, axis: int, packed: bool) -> tuple[Tensor, bool]:
+    """Returns the N:M mask, bool or in bits, and whether all entries are finite.
+
+    Args:
+        library: From :func:`native`.
+        source: Not empty; its magnitudes order the entries of a group.
+        n: Entries kept per group.
+        m: Group size, a divisor of the axis.
+        axis: The axis of the groups.
+        packed: Whether to return bits (:func:`~lightning_lossplug.sparsity.bits.pack_rows`).
+    """
+    rows, length = source.shape[0], math.prod(source.shape[1:])
+    inner = math.prod(source.shape[axis + 1 :])
+    units = rows // m if axis == 0 else rows  # parts of the weight that hold whole rows and whole groups
+    shape = (rows, (length + 7) // 8) if packed else source.shape
+    out = torch.empty(shape, dtype=torch.uint8 if packed else torch.bool)
+    groups = rows * length // (units * m * inner)
+    unordered = library.lossplug_nm_mask(
+        source.data_ptr(), _DTYPES[source.dtype], rows, length, units, groups, m, inner, n, out.data_ptr(), packed,
+        _threads(source),
+    )  # fmt: skip
+    return out, not unordered
+
+
+def keep(library: ctypes.CDLL, values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """Writes ``values`` where a bit is set and ``+0.0`` elsewhere; ``out`` may be ``values``."""
+    library.lossplug_keep(*_pointers(values, bits, out), values.element_size(), *_rows(values.shape), _threads(values))
+    return _changed(out) if out is values else out
+
+
+def scale(library: ctypes.CDLL, values: Tensor, bits: Tensor, out: Tensor, kept: float, pruned: float) -> Tensor:
+    """Writes ``values`` times ``kept`` or ``pruned``, float32 or float64; ``out`` may be ``values``."""
+    size = (values.element_size(), *_rows(values.shape))
+    library.lossplug_scale(*_pointers(values, bits, out), *size, kept, pruned, _threads(values))
+    return _changed(out) if out is values else out
+
+
+def pull(library: ctypes.CDLL, grad: Tensor, weight: Tensor, bits: Tensor, strength: float) -> Tensor:
+    """Adds ``strength * weight`` where a bit isn't set, in place; float32 or float64."""
+    size = (weight.element_size(), *_rows(weight.shape))
+    library.lossplug_pull(*_pointers(grad, weight, bits), *size, strength, _threads(weight))
+    return _changed(grad)
+
+
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _threads(tensor: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), tensor.numel() // _EACH))
+
+
+def _changed(tensor: Tensor) -> Tensor:
+    torch.autograd.graph.increment_version(tensor)
+    return tensor
