@@ -242,55 +242,68 @@ static int64_t mask_of(const void *source, const Shape &s, T infinity, uint8_t *
     return unordered;
 }
 
-// What the bits of a byte say of eight entries.
 template <class T>
-struct Table {
-    T rows[256][8];
-    Table(T kept, T pruned) {
+struct Eight {
+    typedef T vec __attribute__((vector_size(8 * sizeof(T))));
+    typedef T loose __attribute__((vector_size(8 * sizeof(T)), aligned(1), may_alias));
+
+    vec rows[256];  // what the bits of a byte say of eight entries
+
+    Eight(T kept, T pruned) {
         for (int byte = 0; byte < 256; byte++)
             for (int i = 0; i < 8; i++) rows[byte][i] = byte >> i & 1 ? kept : pruned;
     }
 };
 
-template <class T, class Entry>
-static void each(const uint8_t *bits, int64_t rows, int64_t length, const Table<T> &table, int threads, Entry entry) {
-    const int64_t bytes = (length + 7) / 8, whole = length / 8;
+// to = change(to, from, what the bits say), eight entries at a time.
+template <class T, class Change>
+static void each(T *to, const T *from, const uint8_t *bits, int64_t rows, int64_t length, const Eight<T> &table,
+                 int threads, Change change) {
+    typedef typename Eight<T>::loose loose;
+    typedef typename Eight<T>::vec vec;
+    const int64_t bytes = (length + 7) / 8, whole = length / 8, rest = length % 8 * (int64_t)sizeof(T);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *row = bits + r * bytes;
-        const int64_t start = r * length;
-        for (int64_t b = 0; b < whole; b++)
-            for (int i = 0; i < 8; i++) entry(start + 8 * b + i, table.rows[row[b]][i]);
-        for (int64_t i = 8 * whole; i < length; i++) entry(start + i, table.rows[row[whole]][i % 8]);
+        const T *in = from + r * length;
+        T *out = to + r * length;
+        for (int64_t b = 0; b < whole; b++) {
+            vec old = *(loose *)(out + 8 * b), given = *(const loose *)(in + 8 * b);
+            *(loose *)(out + 8 * b) = change(old, given, table.rows[row[b]]);
+        }
+        if (rest) {
+            vec old = {0}, given = {0};
+            std::memcpy(&old, out + 8 * whole, rest);
+            std::memcpy(&given, in + 8 * whole, rest);
+            old = change(old, given, table.rows[row[whole]]);
+            std::memcpy(out + 8 * whole, &old, rest);
+        }
     }
 }
 
 template <class T>
 static void keep(const void *values, const uint8_t *bits, void *out, int64_t rows, int64_t length, int threads) {
-    static const Table<T> table((T)-1, 0);
-    const T *in = (const T *)values;
-    T *to = (T *)out;
-    each(bits, rows, length, table, threads, [=](int64_t at, T all) { to[at] = (T)(in[at] & all); });
+    static const Eight<T> table((T)-1, 0);
+    typedef typename Eight<T>::vec vec;
+    each((T *)out, (const T *)values, bits, rows, length, table, threads, [](vec, vec in, vec all) { return in & all; });
 }
 
 template <class T>
 static void scale(const void *values, const uint8_t *bits, void *out, int64_t rows, int64_t length, double kept,
                   double pruned, int threads) {
-    const Table<T> table((T)kept, (T)pruned);
-    const T *in = (const T *)values;
-    T *to = (T *)out;
-    each(bits, rows, length, table, threads, [=](int64_t at, T factor) { to[at] = in[at] * factor; });
+    const Eight<T> table((T)kept, (T)pruned);
+    typedef typename Eight<T>::vec vec;
+    each((T *)out, (const T *)values, bits, rows, length, table, threads, [](vec, vec in, vec by) { return in * by; });
 }
 
 template <class T>
 static void pull(void *grad, const void *weight, const uint8_t *bits, int64_t rows, int64_t length, double strength,
                  int threads) {
-    const Table<T> table(0, (T)strength);
-    const T *from = (const T *)weight;
-    T *to = (T *)grad;
-    each(bits, rows, length, table, threads, [=](int64_t at, T factor) {
-        T change = from[at] * factor;
-        to[at] += change;
+    const Eight<T> table(0, (T)strength);
+    typedef typename Eight<T>::vec vec;
+    each((T *)grad, (const T *)weight, bits, rows, length, table, threads, [](vec old, vec in, vec by) {
+        vec change = in * by;
+        return old + change;
     });
 }
 

@@ -1,4 +1,4 @@
-"""What distillation costs per training step beyond the work it cannot do without, measured side by side.
+r"""What distillation costs per training step beyond the work it cannot do without, measured side by side.
 
 Every variant is an ordinary ``Trainer.fit`` of a timm model on random images; the fits take turns after every step (see
 ``bench_step.py``), and ratios are taken within a round:
@@ -11,9 +11,18 @@ Every variant is an ordinary ``Trainer.fit`` of a timm model on random images; t
 and its gradients above what it starts from, fused against materialised logits, in a process each.
 
 Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_distillation.py --rounds 10
+
+``--others`` puts frozen teachers of ModelOpt (converted student, loss in the step) and torchdistill (its own loop, no
+Lightning) beside ours; the first loss of each is printed, since all do the same job. They are measured where they
+import, which is not in the environment of the tests::
+
+    pip install --no-deps --target /tmp/others torchdistill nvidia-modelopt omegaconf antlr4-python3-runtime==4.9.3 \
+        pulp nvidia-ml-py ninja
+    OMP_NUM_THREADS=2 PYTHONPATH=/tmp/others python tests/benchmarks/bench_distillation.py --only time --others
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import random
@@ -50,6 +59,66 @@ class Plain(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
+class First(pl.Callback):
+    """Keeps the first loss that is differentiated."""
+
+    def __init__(self, losses, name):
+        self.losses, self.name = losses, name
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.losses.setdefault(self.name, loss.item())
+
+
+def teacher_of(name):
+    torch.manual_seed(1)
+    return timm.create_model(name)
+
+
+class WithModelOpt(Plain):
+    """Edited as ModelOpt wants it: the student is converted, the step adds the loss."""
+
+    def __init__(self, name, teacher):
+        super().__init__(name)
+        distill = importlib.import_module("modelopt.torch.distill")
+        criterion = distill.LogitsDistillationLoss(temperature=4.0, reduction="batchmean")
+        config = {"teacher_model": teacher_of(teacher), "criterion": criterion, "loss_balancer": None}
+        self.net = distill.convert(self.net, mode=[("kd_loss", config)])
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.net.compute_kd_loss()
+
+
+def torchdistill(student, teacher, batch, steps, losses):
+    """Seconds of each step of its own loop."""
+    box = importlib.import_module("torchdistill.core.distillation").DistillationBox
+    importlib.import_module("torchdistill.losses.mid_level")
+    paths = {f"{side}_module_path": "." for side in ("student", "teacher")}
+    ends = {f"{side}_module_io": "output" for side in ("student", "teacher")}
+    options = {**paths, **ends, "temperature": 4.0, "alpha": 1.0, "beta": 1.0, "reduction": "batchmean"}
+    terms = {"kd": {"criterion": {"key": "KDLoss", "kwargs": options}, "weight": 1.0}}
+    config = {
+        "num_epochs": 1,
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only"},
+        "optimizer": {"key": "AdamW", "kwargs": {"lr": 1e-4}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
+    }
+    made = box(teacher_of(teacher), Plain(student).net, {}, config, torch.device("cpu"), None, False, 1.0)
+    made.pre_epoch_process()
+    made.teacher_model.eval()
+    images, labels = next(iter(loader_for(batch)))
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        loss = made.forward_process(images, labels, None)
+        losses.setdefault("torchdistill", loss.item())
+        made.post_forward_process(loss)
+        seconds.append(time.perf_counter() - begun)
+        greenlet.getcurrent().parent.switch()
+    return seconds
+
+
 def fit(module, callbacks, batch, steps):
     """Seconds of each step."""
     start = Start()
@@ -81,9 +150,9 @@ def forward(network, batch, steps):
     return seconds
 
 
-def side_by_side(student, teacher, batch, rounds):
+def side_by_side(student, teacher, batch, rounds, others):
     """Seconds of every turn by variant."""
-    steps, found = rounds + WARM_UP, {}
+    steps, found, losses = rounds + WARM_UP, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         cache_teacher(timm.create_model(teacher), [next(iter(loader_for(batch)))], folder)
         work = {
@@ -92,9 +161,23 @@ def side_by_side(student, teacher, batch, rounds):
             "teacher's step": lambda: fit(Plain(teacher), [], batch, steps),
             "teacher's forward": lambda: forward(timm.create_model(teacher), batch, steps),
             "online": lambda: fit(Plain(student), [OnlineDistillation(timm.create_model(teacher))], batch, steps),
-            "frozen": lambda: fit(Plain(student), [Distillation(timm.create_model(teacher))], batch, steps),
+            "frozen": lambda: fit(
+                Plain(student), [Distillation(teacher_of(teacher)), First(losses, "frozen")], batch, steps
+            ),
             "cached": lambda: fit(Plain(student), [Distillation(f"cache:{folder}")], batch, steps),
         }
+
+        if others:
+            more = {
+                "ModelOpt": lambda: fit(WithModelOpt(student, teacher), [First(losses, "ModelOpt")], batch, steps),
+                "torchdistill": lambda: torchdistill(student, teacher, batch, steps, losses),
+            }
+            for name, module in {"ModelOpt": "modelopt.torch.distill", "torchdistill": "torchdistill"}.items():
+                try:
+                    importlib.import_module(module)
+                    work[name] = more[name]
+                except ImportError as error:
+                    print(f"{name}: not measured, {error}")
 
         def run(name):
             found[name] = work[name]()
@@ -107,6 +190,8 @@ def side_by_side(student, teacher, batch, rounds):
                 turns[name].switch(*() if turns[name] else (name,))
         for name in work:
             turns[name].switch()
+    if others:
+        print("first loss: " + ", ".join(f"{name} {value:.6f}" for name, value in losses.items()))
     return {name: seconds[WARM_UP : WARM_UP + rounds] for name, seconds in found.items()}
 
 
@@ -155,19 +240,22 @@ def main():
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--others", action="store_true", help="ModelOpt and torchdistill too")
     parser.add_argument("--only", choices=["time", "memory"])
     parser.add_argument("--json", default=None)
     arguments = parser.parse_args()
     quiet()
     record = vars(arguments).copy()
     if arguments.only != "memory":
-        found = side_by_side(arguments.student, arguments.teacher, arguments.batch, arguments.rounds)
+        found = side_by_side(arguments.student, arguments.teacher, arguments.batch, arguments.rounds, arguments.others)
         against = {
             "plain again": [found["plain"]],
             "online": [found["plain"], found["teacher's step"]],
             "frozen": [found["plain"], found["teacher's forward"]],
             "cached": [found["plain"]],
+            **{name: [found["plain"], found["teacher's forward"]] for name in ("ModelOpt", "torchdistill")},
         }
+        against = {name: parts for name, parts in against.items() if name in found}
         for name, parts in against.items():
             ratios = [own / sum(others) for own, *others in zip(found[name], *parts, strict=True)]
             low, high = interval(ratios)

@@ -162,7 +162,7 @@ def fit(module, callbacks, batch, steps):
     return end.seconds, end.own[:-1]
 
 
-def loader_for(batch, module):
+def loader_for(batch, module=None):
     """Random images or tokens, always the same batch."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, CausalLM):
