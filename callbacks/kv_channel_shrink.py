@@ -56,9 +56,11 @@ class KVChannelShrink(Callback):
         k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
         v_bits: The same for values.
         window: Recent tokens kept exactly, the current one among them.
+        residual: ``sliding``: always as many. ``block`` and ``block_lagged``: coded by blocks of the window.
         sinks: First tokens of every row kept exactly.
         steps: Steps of reconstruction training after ``init``; of end-to-end training for ``matryoshka_kv``.
         lr: Its learning rate.
+        train_on: ``moments``, or ``text``: on calibration batches, through the rounding of few-bit codes.
         when: ``start``: passes over the first training batches before the first step. ``training``: the forward passes
             of the training itself, without any extra pass; early ones are of weights that have moved since. ``end``:
             as ``start``, with the final weights.
@@ -84,16 +86,18 @@ class KVChannelShrink(Callback):
         error_budget: float | None = None,
         init: Literal["whitened", "asvd", "svd"] = "whitened",
         k_metric: Literal["plain", "gradient"] = "plain",
-        v_metric: Literal["plain", "output", "gradient"] = "output",
+        v_metric: Literal["plain", "output", "gradient"] = "plain",
         head_group: int = 0,
         alpha: float = 0.5,
         means: bool = False,
         k_bits: int = 16,
         v_bits: int = 16,
         window: int = 32,
+        residual: Literal["sliding", "block", "block_lagged"] = "sliding",
         sinks: int = 4,
         steps: int = 0,
         lr: float = 1e-3,
+        train_on: Literal["moments", "text"] = "moments",
         when: Literal["start", "training", "end"] = "end",
         calib_batches: int = 64,
         adapt: bool = False,
@@ -117,9 +121,11 @@ class KVChannelShrink(Callback):
             k_bits=k_bits,
             v_bits=v_bits,
             window=window,
+            residual=residual,
             sinks=sinks,
             steps=steps,
             lr=lr,
+            train_on=train_on,
         )
         check_choice("KVChannelShrink", "when", when, ("start", "training", "end"))
         if when == "training" and self.settings.needs_gradients:
@@ -130,7 +136,8 @@ class KVChannelShrink(Callback):
             )
         if when == "training" and self.settings.looks_at_text:
             raise LossplugError(
-                f"when='training' keeps no texts, which factors={factors!r} looks at",
+                "when='training' keeps no texts, which "
+                + (f"factors={factors!r} looks at" if factors != "cskv" else "train_on='text' trains on"),
                 where="KVChannelShrink",
                 remedy="Use when='end'",
             )

@@ -140,6 +140,18 @@ def tokenize(tokenizer: str | Any, texts: list[str]) -> list[Tensor]:
     return [torch.tensor([*part, *end], dtype=torch.int32) for part in ids]
 
 
+def opening(tokenizer: str | Any) -> list[int]:
+    """Returns the token that a tokenizer begins a text with, or nothing; models that know one need it badly."""
+    if isinstance(tokenizer, str):
+        if tokenizer == "bytes":
+            return []
+        from lightning_lossplug.integrations.pretrained import load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer)
+    ids = tokenizer("")["input_ids"][:1]
+    return list(ids) if ids and ids[0] == tokenizer.bos_token_id else []
+
+
 def cut(documents: list[Tensor], fractions: list[float]) -> list[Tensor]:
     """Cuts documents, put one after the other, into a first part and one part per fraction, the tail last.
 

@@ -8,7 +8,7 @@ from lightning_lossplug.integrations.kv_cache.double_sparsity import (
     double_sparsity,
     double_sparsity_mode,
 )
-from lightning_lossplug.integrations.kv_cache.evaluation import decode_logits, decode_perplexity
+from lightning_lossplug.integrations.kv_cache.evaluation import decode_logits, decode_perplexity, exact_prefix
 from lightning_lossplug.integrations.kv_cache.kivi import KIVICache
 from lightning_lossplug.integrations.kv_cache.plots import plot_kv_factors
 from lightning_lossplug.integrations.kv_cache.retrieval import (
@@ -35,6 +35,7 @@ __all__ = [
     "distill_kv",
     "double_sparsity",
     "double_sparsity_mode",
+    "exact_prefix",
     "key_value_case",
     "load_kv_factors",
     "passkey_case",

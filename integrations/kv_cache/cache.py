@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.integrations.kv_cache.double_sparsity import DoubleSparsity
 from lightning_lossplug.integrations.kv_cache.layer import ChannelShrunkLayer
+from lightning_lossplug.integrations.kv_cache.sparse_layer import SparseShrunkLayer
 from lightning_lossplug.kv_cache.attention import (
     AttentionBlock,
     block_input,
@@ -21,6 +24,7 @@ from lightning_lossplug.kv_cache.attention import (
     rotary_tables,
     sink_columns,
 )
+from lightning_lossplug.kv_cache.fingerprint import check_fingerprint
 from lightning_lossplug.kv_cache.history import RotaryHistory
 from lightning_lossplug.kv_cache.native import native_library
 from lightning_lossplug.kv_cache.plan import KVFactors
@@ -54,10 +58,13 @@ class ChannelShrunkCache(Cache):
         attention: How a step attends to codes. ``native``: in C++, compiled at first use, on CPUs. ``triton``: by a
             kernel on GPUs, compared with PyTorch at its first use. ``latent``: in PyTorch. ``auto``: in C++ or by the
             kernel where that can be, else in PyTorch. ``rebuild``: by all keys and values rebuilt.
+        sparse: Label channels (:func:`double_sparsity`): a step of one token reads the codes of k tokens only, in
+            PyTorch, where ``attention`` is not ``rebuild``; labels are kept beside the codes. None: all tokens.
 
     Raises:
-        LossplugError: The factors are of another model, the window is below 1, the attention implementation keeps a
-            cache of its own (paged, flex), or ``native`` or ``triton`` is asked for where it can't be.
+        LossplugError: The factors or the labels are of another model, the window is below 1, the attention
+            implementation keeps a cache of its own (paged, flex), or ``native`` or ``triton`` is asked for where it
+            can't be.
     """
 
     def __init__(
@@ -66,13 +73,16 @@ class ChannelShrunkCache(Cache):
         factors: KVFactors,
         window: int | None = None,
         attention: Literal["auto", "native", "triton", "latent", "rebuild"] = "auto",
+        sparse: DoubleSparsity | None = None,
     ) -> None:
         self.blocks = factors.check(model)
+        if sparse is not None:
+            check_fingerprint(sparse.fingerprint, model, self.blocks)
         self.factors = factors
         self.window = factors.settings.window if window is None else window
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise LossplugError(f"window is {window!r}, allowed are whole numbers from 1", where="ChannelShrunkCache")
-        settings = factors.settings
+        settings = dataclasses.replace(factors.settings, window=self.window)
         check_choice("ChannelShrunkCache", "attention", attention, ATTENTIONS)
         if attention == "native" and isinstance(native := native_library(), str):
             raise LossplugError(
@@ -86,8 +96,12 @@ class ChannelShrunkCache(Cache):
         for index, (kind, arguments) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
             if index in self.blocks:
                 rotary = self.blocks[index].rotary
-                bits = (settings.k_bits, settings.v_bits)
-                layers.append(ChannelShrunkLayer(factors.layers[index], rotary, self.window, *bits, attention))
+                own = (factors.layers[index], rotary, settings, attention)
+                if sparse is None or index not in sparse.channels:
+                    layers.append(ChannelShrunkLayer(*own))
+                else:
+                    labels = {"count": sparse.tokens, "bits": sparse.label_bits}
+                    layers.append(SparseShrunkLayer(*own, channels=sparse.channels[index], **labels))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
         super().__init__(layers=layers)
@@ -175,10 +189,11 @@ class ChannelShrunkCache(Cache):
             return 0
         element_bytes = layers[0].keys.element_size()
         rotary = sum(history.token_bytes() for history in self.histories)
-        return cache_bytes(
+        labels = sum(layer.labels.nbytes for layer in layers if getattr(layer, "labels", None) is not None)
+        return labels + cache_bytes(
             self.factors.branches(),
             layers[0].seen,
-            self.window,
+            layers[0].exact,
             element_bytes,
             batch=layers[0].keys.shape[0],
             rotary=rotary,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.kv_cache.end_to_end import train_end_to_end
-from lightning_lossplug.kv_cache.factors import Factors
-from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors
+from lightning_lossplug.kv_cache.plan import KVFactors, detached_factors, relative_groups, trainable_factors
 from lightning_lossplug.losses.checks import check_number
 
 
@@ -50,9 +48,8 @@ def distill_kv(
     check_number("distill_kv", "steps", steps, least=1)
     check_number("distill_kv", "lr", lr, above=0)
     device = next(iter(model.parameters())).device
-    layers = {index: _trainable(layer, device) for index, layer in factors.layers.items()}
-    tensors = [t for layer in layers.values() for f in (layer.keys, layer.values) for t in (f.encode, f.decode)]
-    groups = [{"params": [t], "lr": lr * float(t.detach().abs().mean())} for t in tensors]
+    layers = {index: trainable_factors(layer, device) for index, layer in factors.layers.items()}
+    groups = relative_groups(layers.values(), lr)
     moving = dataclasses.replace(factors, layers=layers)
     train_end_to_end(
         model,
@@ -64,22 +61,4 @@ def distill_kv(
         report=report,
         where="distill_kv",
     )
-    done = {
-        index: dataclasses.replace(layer, keys=_plain(layer.keys), values=_plain(layer.values))
-        for index, layer in layers.items()
-    }
-    return dataclasses.replace(factors, layers=done)
-
-
-def _trainable(layer: LayerFactors, device: torch.device) -> LayerFactors:
-    def copy(factors: Factors) -> Factors:
-        mean = None if factors.mean is None else factors.mean.to(device)
-        encode, decode = (t.detach().to(device).clone().requires_grad_() for t in (factors.encode, factors.decode))
-        return Factors(encode, decode, mean)
-
-    return dataclasses.replace(layer, keys=copy(layer.keys), values=copy(layer.values))
-
-
-def _plain(factors: Factors) -> Factors:
-    mean = None if factors.mean is None else factors.mean.cpu()
-    return Factors(factors.encode.detach().cpu(), factors.decode.detach().cpu(), mean)
+    return dataclasses.replace(factors, layers={index: detached_factors(layer) for index, layer in layers.items()})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.kv_cache.attention import AttentionBlock, attention_blocks, rotary_tables
 from lightning_lossplug.kv_cache.decode_mode import decode_mode
 from lightning_lossplug.kv_cache.plan import KVFactors
 
@@ -36,6 +38,38 @@ def decode_logits(
         return model(input_ids=input_ids, use_cache=False).logits
     with decode_mode(model, factors, prefill, window):
         return model(input_ids=input_ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def exact_prefix(model: Any, input_ids: Tensor) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
+    """Processes the prompt of a text once, for :func:`decode_mode` with many factors.
+
+    ``with decode_mode(model, factors, prompt.shape[1], past=tables): model(input_ids=rest, past_key_values=cache)``,
+    with a copy of the cache where the model has sliding layers, which go on with it.
+
+    Args:
+        model: A decoder of transformers, in ``eval`` mode.
+        input_ids: The prompt, int64 ``[B, T]``, without padding.
+
+    Returns:
+        A stock cache, and the rotary tables of its tokens by layer.
+    """
+    from transformers import DynamicCache
+
+    tables: dict[int, tuple[Tensor, Tensor]] = {}
+    blocks = attention_blocks(model)
+
+    def hook(block: AttentionBlock, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tables[block.index] = rotary_tables(block, kwargs)
+
+    handles = [b.module.register_forward_pre_hook(partial(hook, b), with_kwargs=True) for b in blocks.values()]
+    cache = DynamicCache(config=model.config)
+    try:
+        model(input_ids=input_ids.to(next(iter(model.parameters())).device), past_key_values=cache)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return cache, tables
 
 
 def decode_perplexity(

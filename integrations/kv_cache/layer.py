@@ -18,7 +18,9 @@ from lightning_lossplug.kv_cache.history import RotaryHistory
 from lightning_lossplug.kv_cache.latent import LatentDecoders, LatentTokens, latent_attention
 from lightning_lossplug.kv_cache.native import NativeDecoders, native_attention, native_fits, native_or_warn
 from lightning_lossplug.kv_cache.plan import LayerFactors
+from lightning_lossplug.kv_cache.residual import exact_tokens
 from lightning_lossplug.kv_cache.rotary import Rotary
+from lightning_lossplug.kv_cache.settings import KVShrinkSettings
 from lightning_lossplug.kv_cache.store import CodeStore, nbytes
 from lightning_lossplug.kv_cache.triton_attention import attend, has_triton
 
@@ -29,9 +31,7 @@ class ChannelShrunkLayer(MovableLayer):
     Args:
         factors: Of this layer.
         rotary: How its keys are rotated.
-        window: Recent tokens kept exactly, the current one among them.
-        k_bits: Bits of a key code's channel, 16 for the dtype of the keys.
-        v_bits: The same for values.
+        settings: Window, residual and bits.
         attention: ``auto``, ``native``, ``triton``, ``latent`` or ``rebuild`` (:class:`ChannelShrunkCache`).
     """
 
@@ -40,17 +40,15 @@ class ChannelShrunkLayer(MovableLayer):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(
-        self, factors: LayerFactors, rotary: Rotary, window: int, k_bits: int, v_bits: int, attention: str
-    ) -> None:
+    def __init__(self, factors: LayerFactors, rotary: Rotary, settings: KVShrinkSettings, attention: str) -> None:
         super().__init__()
         self.attention = attention
         self.latent: LatentDecoders | None = None
         self.native: NativeDecoders | None = None
         self.triton = False
-        self.factors, self.rotary, self.window = factors, rotary, window
-        self.key_codes = CodeStore(factors.keys.rank, k_bits)
-        self.value_codes = CodeStore(factors.values.rank, v_bits)
+        self.factors, self.rotary, self.settings = factors, rotary, settings
+        self.key_codes = CodeStore(factors.keys.rank, settings.k_bits)
+        self.value_codes = CodeStore(factors.values.rank, settings.v_bits)
         self.history: RotaryHistory | None = None
         self.seen = 0
         self.sink_columns: Tensor | None = None  # [batch, sinks], shared by all layers of a cache
@@ -113,11 +111,11 @@ class ChannelShrunkLayer(MovableLayer):
             self.sink_keys = self.keys.gather(2, self._sink_index(self.keys))
             self.sink_values = self.values.gather(2, self._sink_index(self.values))
         if not first:
-            self._encode(keep=max(self.window, new))
-        if new <= self.window and len(self.key_codes) and self._can_attend():
+            self._encode(keep=max(self.exact, new))
+        if new <= self.exact and len(self.key_codes) and self._can_attend():
             return self._pending()  # nothing is encoded any more before the attention has run
         keys, values = self._all()
-        self._encode(keep=self.window)
+        self._encode(keep=self.exact)
         return keys, values
 
     def _can_attend(self) -> bool:
@@ -163,6 +161,11 @@ class ChannelShrunkLayer(MovableLayer):
         if library is None or self.native is None:
             return latent_attention(query, tokens, scale, mask)
         return native_attention(library, query, tokens, self.native, scale, mask)
+
+    @property
+    def exact(self) -> int:
+        """Last tokens that are kept exactly."""
+        return exact_tokens(self.seen, self.settings.window, self.settings.residual)
 
     def get_seq_length(self) -> int:
         """Tokens seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from lightning_lossplug.cli.arguments import new_parser, positive_int
@@ -45,9 +46,14 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--error-budget", type=float, help="of eigen_attention: error of a block's output, no budget")
     parser.add_argument("--steps", type=int, default=0, help="training steps: matryoshka_kv trains end to end (0)")
+    parser.add_argument("--train-on", default="moments", help="of cskv: moments (default), or text, through few bits")
     parser.add_argument("--init", default="whitened", help="whitened (default), asvd or svd")
+    parser.add_argument("--k-metric", default="plain", help="where errors of keys count: plain (default) or gradient")
+    parser.add_argument("--v-metric", default="plain", help="the same of values: plain (default), output or gradient")
+    parser.add_argument("--means", action="store_true", help="code the deviation from the mean")
     parser.add_argument("--bits", type=int, default=16, help="bits of a code's channel: 16 (default), 8, 4 or 2")
     parser.add_argument("--window", type=int, default=32, help="recent tokens kept exactly (32)")
+    parser.add_argument("--residual", default="sliding", help="sliding (default), or windows by block or block_lagged")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (4)")
     parser.add_argument("--tokens", type=positive_int, default=65536, help="calibration tokens at most (65536)")
     parser.add_argument("--block-size", type=positive_int, default=1024, help="tokens per pass (1024)")
@@ -111,12 +117,17 @@ def read_settings(options: Any) -> Any:
         **(ratios or limits or usual),
         factors=options.factors,
         steps=options.steps,
+        train_on=options.train_on,
         allocation=options.allocation,
         k_weight=options.k_weight,
         init=options.init,
+        k_metric=options.k_metric,
+        v_metric=options.v_metric,
+        means=options.means,
         k_bits=options.bits,
         v_bits=options.bits,
         window=options.window,
+        residual=options.residual,
         sinks=options.sinks,
     )
 
@@ -158,7 +169,7 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     """Loads, calibrates, writes; returns the summary."""
     import torch
 
-    from lightning_lossplug.integrations.data.text import tokenize
+    from lightning_lossplug.integrations.data.text import opening, tokenize
     from lightning_lossplug.integrations.kv_cache import decode_perplexity, plot_kv_factors
     from lightning_lossplug.integrations.pretrained import load_causal_lm, load_tokenizer
     from lightning_lossplug.kv_cache import fit_factors, record_moments, save_kv_factors
@@ -167,14 +178,19 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
     texts = [read_text(path) for path in options.text]
     model = load_causal_lm(options.model, dtype=options.dtype).to(options.device).eval()
     attention_blocks(model)  # before the text is tokenised
-    tokens = torch.cat(tokenize(load_tokenizer(options.model), texts)).long()
-    held = (options.evaluate or 0) * options.block_size
+    tokenizer = load_tokenizer(options.model)
+    tokens = torch.cat(tokenize(tokenizer, texts)).long()
+    first = torch.tensor(opening(tokenizer), dtype=torch.int64)
+    own = max(options.block_size - len(first), 1)  # tokens of the text in a block
+    held = (options.evaluate or 0) * own
     calibration = tokens[: min(options.tokens, max(len(tokens) - held, 0))]
     with progress() as bar:
-        blocks = [block[None] for block in calibration.split(options.block_size)]
+        blocks = [torch.cat([first, block])[None] for block in calibration.split(own)]
         tracked = bar.track(blocks, description="calibrating")
+        start = perf_counter()
         recorder = record_moments(model, tracked, settings.sinks, settings.needs_gradients, autocast=options.autocast)
         factors = fit_factors(model, recorder, settings, blocks)
+        seconds = perf_counter() - start
         if options.plot is not None:
             plot_kv_factors(factors, options.plot, recorder)
         element_bytes = next(iter(model.parameters())).element_size()
@@ -185,13 +201,14 @@ def shrink(options: Any, settings: Any, output: Path) -> dict[str, Any]:
             "init": settings.init,
             "allocation": settings.allocation,
             "bits": settings.k_bits,
+            "seconds": seconds,
             **factors.summary(element_bytes),
         }
         if options.evaluate:
-            rest = tokens[len(tokens) - held :].view(-1, 1, options.block_size)
+            rest = [torch.cat([first, block])[None] for block in tokens[len(tokens) - held :].split(own)]
             prefill = max(options.block_size // 2, 1)
             for name, one in (("dense_perplexity", None), ("perplexity", factors)):
-                found[name] = decode_perplexity(model, one, bar.track(list(rest), description=name), prefill)
+                found[name] = decode_perplexity(model, one, bar.track(rest, description=name), prefill)
     save_kv_factors(factors, output)
     return found
 
@@ -214,7 +231,7 @@ def _print(found: dict[str, Any]) -> None:
         ("exact recent tokens", f"{found['window']} ({bytes_text(found['window'] * found['dense_bytes_per_token'])})"),
         ("relative error of keys", spread("k_error", ".2%")),
         ("relative error of values", spread("v_error", ".2%")),
-        ("calibration tokens", f"{found['tokens']:,}"),
+        ("calibration", f"{found['tokens']:,} tokens in {found['seconds']:.0f} s"),
     ]
     if "perplexity" in found:
         dense, shrunk = found["dense_perplexity"], found["perplexity"]

@@ -17,15 +17,18 @@ from lightning_lossplug.kv_cache.factors import (
     whitened_init,
 )
 from lightning_lossplug.kv_cache.files import load_kv_factors, save_kv_factors
+from lightning_lossplug.kv_cache.folding import folded_output
 from lightning_lossplug.kv_cache.gradients import gradient_moments
 from lightning_lossplug.kv_cache.moments import Moments
 from lightning_lossplug.kv_cache.orthogonal import cayley, nested_ranks, principal_axes, ranks_of_threshold
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors, fit_factors
 from lightning_lossplug.kv_cache.recorder import MomentRecorder
+from lightning_lossplug.kv_cache.residual import exact_tokens
 from lightning_lossplug.kv_cache.rotary import Rotary
 from lightning_lossplug.kv_cache.settings import KVShrinkSettings
 from lightning_lossplug.kv_cache.shrink import record_moments, shrink_kv
 from lightning_lossplug.kv_cache.size import BranchSize, cache_bytes, dense_token_bytes, shrunk_token_bytes
+from lightning_lossplug.kv_cache.streamed import stream_factors
 from lightning_lossplug.kv_cache.training import gram_loss, reconstruction_loss, train_factors
 
 __all__ = [
@@ -48,7 +51,9 @@ __all__ = [
     "dequantize_codes",
     "eigen_attention",
     "encoder_of",
+    "exact_tokens",
     "fit_factors",
+    "folded_output",
     "gradient_moments",
     "gram_loss",
     "load_kv_factors",
@@ -63,6 +68,7 @@ __all__ = [
     "save_kv_factors",
     "shrink_kv",
     "shrunk_token_bytes",
+    "stream_factors",
     "svd_init",
     "train_end_to_end",
     "train_factors",

@@ -122,14 +122,22 @@ def output_metric(block: AttentionBlock, width: int) -> Tensor | None:
     Returns:
         The metric in float64, or None where the projection is not found (``o_proj``, ``dense``, ``out_proj``).
     """
+    heads = output_heads(block, width)
+    return None if heads is None else torch.block_diag(*torch.einsum("hgdo,hgeo->hde", heads, heads))
+
+
+def output_heads(block: AttentionBlock, width: int) -> Tensor | None:
+    """Returns the output projection by heads, float64 ``[key-value heads, query heads of each, d, hidden]``.
+
+    None where it is not found (``o_proj``, ``dense``, ``out_proj``) or doesn't fit values of ``width`` channels.
+    """
     names = ("o_proj", "dense", "out_proj")
     layer = next((m for m in (getattr(block.module, n, None) for n in names) if isinstance(m, nn.Linear)), None)
     size = getattr(block.module, "head_dim", getattr(block.module, "head_size", None))
     if layer is None or not isinstance(size, int) or width % size or layer.in_features % width:
         return None
     # query head h * groups + g reads key-value head h, as repeat_kv lays them out
-    heads = layer.weight.detach().double().T.reshape(width // size, layer.in_features // width, size, -1)
-    return torch.block_diag(*torch.einsum("hgdo,hgeo->hde", heads, heads))
+    return layer.weight.detach().double().T.reshape(width // size, layer.in_features // width, size, -1)
 
 
 def split_heads(flat: Tensor, heads: int) -> Tensor:

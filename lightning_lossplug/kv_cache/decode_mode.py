@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,8 @@ from lightning_lossplug.kv_cache.attention import (
     split_heads,
 )
 from lightning_lossplug.kv_cache.plan import KVFactors, LayerFactors
+from lightning_lossplug.kv_cache.residual import exact_tokens
+from lightning_lossplug.kv_cache.settings import KVShrinkSettings
 from lightning_lossplug.kv_cache.store import CodeStore
 
 
@@ -31,11 +34,13 @@ def decode_mode(
     prefill: int,
     window: int | None = None,
     blocks: dict[int, AttentionBlock] | None = None,
+    past: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[nn.Module]:
     """Makes forward passes behave as if all tokens from ``prefill`` on were decoded one at a time.
 
     A row before ``prefill`` sees exact keys and values. Row t >= ``prefill`` sees the last ``window`` tokens (itself
-    among them) exactly and all older ones as their codes give them, which is what :class:`ChannelShrunkCache` does.
+    among them; or a block, as ``residual`` says) exactly and all older ones as their codes give them, which is what
+    :class:`ChannelShrunkCache` does.
     Keys and values are given to the attention function twice, exact and rebuilt, and a mask picks one of the two, so
     any eager or SDPA attention works unchanged; a pass costs about twice the attention. Gradients reach the model, so
     that it can be fine-tuned for its shrunk cache, and the factors, if they want any.
@@ -47,6 +52,9 @@ def decode_mode(
         window: Recent tokens kept exactly; None: as the factors' settings say.
         blocks: The model's attention blocks, where its weights are known to fit the factors (they are being trained
             under them, say); None to check that.
+        past: By layer, the rotary tables (cos, sin) of tokens that the model's stock cache holds already, exactly
+            (:func:`exact_prefix`), so that a prompt is processed once for many factors; None where a pass is a whole
+            text. The cache is not changed by the layers of the factors.
 
     Raises:
         LossplugError: The factors are of another model, ``prefill`` or ``window`` is below 1, or the attention
@@ -65,12 +73,12 @@ def decode_mode(
             where="decode_mode",
             remedy="model.set_attn_implementation('sdpa')",
         )
-    bits = (factors.settings.k_bits, factors.settings.v_bits)
+    settings = dataclasses.replace(factors.settings, window=window)
     handles = []
     try:
         for index, block in blocks.items():
             layer = factors.layers[index]
-            hook = _hook(block, layer, bits, prefill, window, factors.settings.sinks)
+            hook = _hook(block, layer, settings, prefill, None if past is None else past[index])
             handles.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         yield model
     finally:
@@ -79,30 +87,44 @@ def decode_mode(
 
 
 def _hook(
-    block: AttentionBlock, layer: LayerFactors, bits: tuple[int, int], prefill: int, window: int, sinks: int
+    block: AttentionBlock,
+    layer: LayerFactors,
+    settings: KVShrinkSettings,
+    prefill: int,
+    past: tuple[Tensor, Tensor] | None,
 ) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cos, sin = rotary_tables(block, kwargs)
+        if past is not None:
+            cos, sin = (torch.cat(tables, dim=1) for tables in zip(past, (cos, sin), strict=True))
 
         def see(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             heads = keys.shape[1]
+            if past is not None:
+                held = kwargs[block.cache].layers[block.index]
+                keys, values = torch.cat([held.keys, keys], dim=-2), torch.cat([held.values, values], dim=-2)
             plain = join_heads(block.rotary.unrotate(keys.float(), cos.float(), sin.float()))
-            rebuilt = split_heads(_through(layer.keys, bits[0], plain, keys.dtype), heads)
+            rebuilt = split_heads(through_codes(layer.keys, settings.k_bits, plain, keys.dtype), heads)
             old_keys = block.rotary.rotate(rebuilt, cos, sin).to(keys.dtype)
-            old_values = split_heads(_through(layer.values, bits[1], join_heads(values).float(), values.dtype), heads)
+            old_values = split_heads(
+                through_codes(layer.values, settings.v_bits, join_heads(values).float(), values.dtype), heads
+            )
             return torch.cat([keys, old_keys], dim=-2), torch.cat([values, old_values], dim=-2)
 
         tokens = cos.shape[1]
         own = kwargs.get("attention_mask")
         batch = block_input(args, kwargs).shape[0]
-        columns = sink_columns(key_validity(own, batch, tokens), min(sinks, prefill), batch, tokens, cos.device)
-        mask = two_sided_mask(own, tokens, prefill, window, columns, cos.dtype)
+        columns = sink_columns(
+            key_validity(own, batch, tokens), min(settings.sinks, prefill), batch, tokens, cos.device
+        )
+        rows = block_input(args, kwargs).shape[1]
+        mask = two_sided_mask(own, tokens, prefill, settings.window, columns, cos.dtype, settings.residual, rows)
         return args, {**kwargs, block.cache: Tap(see, None), "attention_mask": mask}
 
     return hook
 
 
-def _through(factors: Any, bits: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+def through_codes(factors: Any, bits: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Encodes and rebuilds, through the bits of a cache; a gradient passes straight through the rounding."""
     store = CodeStore(factors.rank, bits)
     codes = factors.to(x.device, torch.float32).code(x).to(dtype)
@@ -112,29 +134,40 @@ def _through(factors: Any, bits: int, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def two_sided_mask(
-    mask: Tensor | None, tokens: int, prefill: int, window: int, sinks: Tensor, dtype: torch.dtype
+    mask: Tensor | None,
+    tokens: int,
+    prefill: int,
+    window: int,
+    sinks: Tensor,
+    dtype: torch.dtype,
+    residual: str = "sliding",
+    rows: int | None = None,
 ) -> Tensor:
-    """Returns the mask over exact and rebuilt keys, ``[batch, 1, tokens, 2 * tokens]``, floating.
+    """Returns the mask over exact and rebuilt keys, ``[batch, 1, rows, 2 * tokens]``, floating.
 
     Args:
-        mask: The block's own mask, bool or floating ``[batch, 1, tokens, tokens]``, or None for a causal one.
-        tokens: Tokens of the pass.
+        mask: The block's own mask, bool or floating ``[batch, 1, rows, tokens]``, or None for a causal one.
+        tokens: Tokens of the text so far.
         prefill: Rows before it see exact keys only.
         window: Recent tokens that are exact.
         sinks: Columns of every row that are always exact, int64 ``[batch, sinks]``.
         dtype: Of the result.
+        residual: Which recent tokens (:func:`exact_tokens`).
+        rows: The last tokens, which the pass is of; None for all.
 
     Raises:
         LossplugError: The mask has another shape.
     """
+    rows = tokens if rows is None else rows
     device, batch = sinks.device, len(sinks)
-    query = torch.arange(tokens, device=device)[:, None]
+    query = torch.arange(tokens - rows, tokens, device=device)[:, None]
     key = torch.arange(tokens, device=device)
     is_sink = torch.zeros(batch, tokens, dtype=torch.bool, device=device).scatter_(1, sinks, True)
-    coded = ((query >= prefill) & (key <= query - window)) & ~is_sink[:, None, None]
+    old = key <= query - exact_tokens(query + 1, window, residual)
+    coded = ((query >= prefill) & old) & ~is_sink[:, None, None]
     lowest = torch.finfo(dtype).min
     if mask is None:
-        allowed = torch.zeros(1, 1, tokens, tokens, dtype=dtype, device=device).masked_fill(key > query, lowest)
+        allowed = torch.zeros(1, 1, rows, tokens, dtype=dtype, device=device).masked_fill(key > query, lowest)
     elif mask.ndim != 4 or mask.shape[-1] != tokens:
         raise LossplugError(f"the attention mask has shape {list(mask.shape)}, expected pairs", where="decode_mode")
     else:

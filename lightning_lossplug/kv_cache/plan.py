@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def fit_factors(
         )
     if settings.looks_at_text and not texts:
         raise LossplugError(
-            f"{settings.factors} looks at texts, and there are none",
+            "making these factors looks at texts, and there are none",
             where="fit_factors",
             remedy="fit_factors(model, recorder, settings, texts)",
         )
@@ -142,6 +143,23 @@ def fit_factors(
 
         way = eigen_attention if settings.factors == "eigen_attention" else matryoshka_kv
         return way(model, recorder, settings, texts)
+    started = _start_factors(model, recorder, settings)
+    if not settings.steps or settings.train_on == "moments":
+        return started
+    from lightning_lossplug.kv_cache.streamed import stream_factors
+
+    trained = stream_factors(model, started, texts, steps=settings.steps, lr=settings.lr)
+    for index, layer in trained.layers.items():
+        moments = recorder.layers[index]
+        k_error, v_error = (
+            relative_error(m.second(centred=settings.means).cpu(), f)
+            for m, f in ((moments.keys, layer.keys), (moments.values, layer.values))
+        )
+        trained.layers[index] = dataclasses.replace(layer, k_error=k_error, v_error=v_error)
+    return trained
+
+
+def _start_factors(model: nn.Module, recorder: MomentRecorder, settings: KVShrinkSettings) -> KVFactors:
     layers = {index: recorder.layers[index] for index in sorted(recorder.layers)}
     metrics = [m for index, layer in layers.items() for m in _metrics(recorder.blocks[index], layer, settings)]
     ranks = layer_ranks(model, recorder, settings, metrics)
@@ -272,7 +290,7 @@ def _factors(
         metric_part = None if metric is None else metric[channels, channels]
         weight_part = None if weight is None else weight[:, channels]
         encode, decode = _start(inner, metric_part, weight_part, scale, part, settings)
-        if settings.steps:
+        if settings.steps and settings.train_on == "moments":
             encode, decode = train_factors(inner, None, encode, decode, steps=settings.steps, lr=settings.lr)
         pieces.append((encode, decode))
     encode, decode = (torch.block_diag(*parts) for parts in zip(*pieces, strict=True))
@@ -312,6 +330,41 @@ def _head_groups(
         )
     step = width // groups
     return [(slice(i * step, (i + 1) * step), rank // groups + (i < rank % groups)) for i in range(groups)]
+
+
+def trainable_factors(layer: LayerFactors, device: torch.device) -> LayerFactors:
+    """Returns a copy of a layer's factors on a device, whose encoders and decoders want gradients.
+
+    Entries that are 0, those between groups of heads, get none.
+    """
+
+    def tensor(fixed: Tensor) -> Tensor:
+        moving = fixed.detach().to(device).clone().requires_grad_()
+        inside = moving.detach() != 0
+        moving.register_hook(lambda gradient: gradient * inside)
+        return moving
+
+    def copy(factors: Factors) -> Factors:
+        mean = None if factors.mean is None else factors.mean.to(device)
+        return Factors(tensor(factors.encode), tensor(factors.decode), mean)
+
+    return dataclasses.replace(layer, keys=copy(layer.keys), values=copy(layer.values))
+
+
+def relative_groups(layers: Iterable[LayerFactors], lr: float) -> list[dict[str, Any]]:
+    """Returns a parameter group per tensor, its ``lr`` relative to the mean size of the entries."""
+    tensors = [t for layer in layers for f in (layer.keys, layer.values) for t in (f.encode, f.decode)]
+    return [{"params": [t], "lr": lr * float(t.detach().abs().mean())} for t in tensors]
+
+
+def detached_factors(layer: LayerFactors) -> LayerFactors:
+    """Returns a layer's factors without gradients, on the CPU."""
+
+    def plain(factors: Factors) -> Factors:
+        mean = None if factors.mean is None else factors.mean.cpu()
+        return Factors(factors.encode.detach().cpu(), factors.decode.detach().cpu(), mean)
+
+    return dataclasses.replace(layer, keys=plain(layer.keys), values=plain(layer.values))
 
 
 def relative_error(second: Tensor, factors: Factors) -> float:

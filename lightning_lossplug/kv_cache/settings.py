@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.kv_cache.codes import check_bits
+from lightning_lossplug.kv_cache.residual import RESIDUALS
 from lightning_lossplug.losses.checks import check_choice, check_number
 
 FACTORS = ("cskv", "eigen_attention", "matryoshka_kv")
 INITS = ("whitened", "asvd", "svd")
 ALLOCATIONS = ("uniform", "spectrum", "sensitivity")
 K_METRICS = ("plain", "gradient")
+TRAIN_ON = ("moments", "text")
 V_METRICS = ("plain", "output", "gradient")
 
 
@@ -45,12 +47,16 @@ class KVShrinkSettings:
             that attention rests on have values near 0, which a code through 0 keeps and a code about the mean doesn't.
         k_bits: Bits of a key code's channel: 16 (the model's dtype), 8, 4 or 2.
         v_bits: The same for values.
-        window: Recent tokens kept exactly, the current one among them, >= 1.
+        window: Recent tokens kept exactly, the current one among them, w >= 1.
+        residual: ``sliding``: always the last w. ``block``: those since the last multiple of w, 1 to w, as in CSKV's
+            code. ``block_lagged``: w to 2 w - 1, coded by blocks of w (:func:`exact_tokens`).
         sinks: First tokens of every row kept exactly, >= 0, and left out of the calibration: they look like no other
             token and get most of the attention, so their error would count most.
         steps: Steps of reconstruction training after ``init``; 0 for none, which is right for ``whitened``. For
             ``matryoshka_kv`` end-to-end steps on the calibration text; 0 for principal axes.
         lr: Its learning rate.
+        train_on: What ``cskv`` trains on: ``moments`` (the same loss, in seconds), or ``text``, as published, which
+            trains few-bit codes straight through their rounding (:func:`stream_factors`).
     """
 
     k_ratio: float = 0.8
@@ -63,16 +69,18 @@ class KVShrinkSettings:
     error_budget: float | None = None
     init: str = "whitened"
     k_metric: str = "plain"
-    v_metric: str = "output"
+    v_metric: str = "plain"
     head_group: int = 0
     alpha: float = 0.5
     means: bool = False
     k_bits: int = 16
     v_bits: int = 16
     window: int = 32
+    residual: str = "sliding"
     sinks: int = 4
     steps: int = 0
     lr: float = 1e-3
+    train_on: str = "moments"
 
     def __post_init__(self) -> None:
         where = "KVShrinkSettings"
@@ -86,6 +94,8 @@ class KVShrinkSettings:
         check_choice(where, "allocation", self.allocation, ALLOCATIONS)
         check_choice(where, "k_metric", self.k_metric, K_METRICS)
         check_choice(where, "v_metric", self.v_metric, V_METRICS)
+        check_choice(where, "train_on", self.train_on, TRAIN_ON)
+        check_choice(where, "residual", self.residual, RESIDUALS)
         check_bits(where, self.k_bits)
         check_bits(where, self.v_bits)
         if self.budget is not None:
@@ -105,10 +115,9 @@ class KVShrinkSettings:
             check_number(where, "error_budget", self.error_budget, above=0, below=1)
             if self.factors != "eigen_attention" or self.budget is not None or self.bytes_per_token is not None:
                 raise LossplugError("error_budget is for factors='eigen_attention' without another budget", where=where)
-        own = {"init": "whitened", "k_metric": "plain", "head_group": 0, "means": False}
         if self.factors != "cskv":
-            for name, default in own.items():
-                if getattr(self, name) != default:
+            for name in ("init", "k_metric", "v_metric", "head_group", "means", "train_on"):
+                if getattr(self, name) != getattr(KVShrinkSettings, name):
                     raise LossplugError(
                         f"{name} is {getattr(self, name)!r}, which is for factors='cskv'",
                         where=where,
@@ -122,7 +131,8 @@ class KVShrinkSettings:
     @property
     def looks_at_text(self) -> bool:
         """Whether making the factors needs texts beside the moments."""
-        return self.error_budget is not None or (self.factors == "matryoshka_kv" and self.steps > 0)
+        trains = self.factors == "matryoshka_kv" or self.train_on == "text"
+        return self.error_budget is not None or (trains and self.steps > 0)
 
     @property
     def needs_gradients(self) -> bool:

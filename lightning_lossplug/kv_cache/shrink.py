@@ -108,9 +108,9 @@ def shrink_kv(
             of 0, a budget that is too small.
     """
     settings = settings or KVShrinkSettings()
-    found = list(batches)
-    recorder = record_moments(model, found, settings.sinks, settings.needs_gradients, autocast=autocast)
-    return fit_factors(model, recorder, settings, whole_texts(found))
+    kept = list(batches) if settings.looks_at_text else []  # otherwise a stream may be as long as it likes
+    recorder = record_moments(model, kept or batches, settings.sinks, settings.needs_gradients, autocast=autocast)
+    return fit_factors(model, recorder, settings, whole_texts(kept))
 
 
 def whole_texts(batches: Sequence[Any]) -> list[Tensor]:

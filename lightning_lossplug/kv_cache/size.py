@@ -47,7 +47,7 @@ def cache_bytes(
     Args:
         branches: Keys and values of every shrunk layer.
         tokens: Tokens T seen.
-        window: Tokens w kept exactly.
+        window: Last tokens kept exactly (:func:`exact_tokens`).
         element_bytes: Bytes of an element of the model's keys.
         batch: Rows.
         rotary: Bytes per token of the tables that un-rotated keys are rotated with; kept once for all layers.

@@ -150,6 +150,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--memory", action="store_true", help="a process per variant and context")
+    parser.add_argument("--plot", type=Path, help="picture of tokens/s over the context")
     parser.add_argument("--profile", metavar="VARIANT", help="where the time of this variant goes")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -163,6 +164,7 @@ def main():
         return
     speed = machine()
     print(f"{options.threads} threads, {speed[0] / 1e9:.0f} GFLOP/s, {speed[1] / 1e9:.1f} GB/s, {options.dtype}")
+    speeds = {}
     for context in options.contexts:
         caches, seconds = {}, {}
         for variant in options.variants:
@@ -181,6 +183,7 @@ def main():
         base = statistics.median(seconds["dense"])
         for variant, found in seconds.items():
             middle = statistics.median(found)
+            speeds.setdefault(variant, {})[context] = 1 / middle
             paired = statistics.median(d / s for d, s in zip(seconds["dense"], found, strict=True))
             line = f"  {variant:14} {1 / middle:7.2f} tokens/s, {paired:.2f} x dense ({base / middle:.2f} of medians), "
             print(line + f"{1e3 * middle:.1f} ms, cache {cache_bytes(caches[variant]) / 2**20:.1f} MiB", flush=True)
@@ -196,6 +199,24 @@ def main():
                     f"{found['fill']:.0f} MiB",
                     flush=True,
                 )
+    if options.plot:
+        plot(speeds, options)
+
+
+def plot(speeds, options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for variant, found in speeds.items():
+        axis.plot(list(found), list(found.values()), "o-", label=variant)
+    axis.set(xlabel="context", ylabel="tokens/s", xscale="log", title=f"{options.threads} threads, {options.dtype}")
+    axis.set_xticks(options.contexts, [str(context) for context in options.contexts], minor=False)
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(options.plot, dpi=150)
 
 
 def profile(model, options):

@@ -94,7 +94,7 @@ def test_thresholds_are_of_singular_values():
 def test_untrained_bases_are_the_closed_form_by_groups(family):
     model = model_of(family)
     recorder = record_moments(model, TEXT)
-    plain = {"k_ratio": 0.5, "v_ratio": 0.5, "v_metric": "plain"}
+    plain = {"k_ratio": 0.5, "v_ratio": 0.5}
     eigen = fit_factors(model, recorder, KVShrinkSettings(**plain, factors="eigen_attention"))
     joint = fit_factors(model, recorder, KVShrinkSettings(**plain))
     nested = fit_factors(model, recorder, KVShrinkSettings(**plain, factors="matryoshka_kv"))
@@ -121,7 +121,7 @@ def test_no_error_allowed_is_dense_and_more_costs_less():
     assert bytes_[0] == found[0].summary(4)["dense_bytes_per_token"] > bytes_[1] > bytes_[2]
     dense, kept = (decode_logits(model, factors, TEXT[0], 10) for factors in (None, found[0]))
     torch.testing.assert_close(dense, kept, rtol=0, atol=1e-3)
-    with pytest.raises(LossplugError, match="eigen_attention looks at texts, and there are none"):
+    with pytest.raises(LossplugError, match="making these factors looks at texts, and there are none"):
         fit_factors(model, recorder, found[1].settings)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, model_of, tokens
+from families import FAMILIES, config_of, model_of, tokens
 from torch import nn
 
 from lightning_lossplug.errors import LossplugError
@@ -17,7 +17,7 @@ from lightning_lossplug.integrations.kv_cache import (
     save_kv_factors,
     shrink_kv,
 )
-from lightning_lossplug.kv_cache import MomentRecorder, fit_factors, shrunk_token_bytes
+from lightning_lossplug.kv_cache import MomentRecorder, fit_factors, folded_output, shrunk_token_bytes
 from lightning_lossplug.kv_cache.attention import Tap, attention_blocks, join_heads, output_metric
 
 TEXT = [tokens(4, 40, seed) for seed in range(3)]
@@ -85,7 +85,7 @@ def test_the_inits_are_ordered_by_error():
     recorder = record_moments(model, TEXT)
     errors = {}
     for init, steps in (("svd", 0), ("asvd", 0), ("asvd", 300), ("whitened", 0)):
-        settings = KVShrinkSettings(k_ratio=0.7, v_ratio=0.7, init=init, steps=steps, lr=1e-2, v_metric="plain")
+        settings = KVShrinkSettings(k_ratio=0.7, v_ratio=0.7, init=init, steps=steps, lr=1e-2)
         made = fit_factors(model, recorder, settings)
         errors[init, steps] = sum(layer.k_error + layer.v_error for layer in made.layers.values())
     best = errors["whitened", 0]
@@ -119,7 +119,7 @@ def test_budgets_are_kept_and_used(allocation, bits, limit):
 def test_spectrum_beats_uniform_in_what_it_minimises():
     model = model_of("qwen2")
     recorder = record_moments(model, TEXT)
-    more = {"k_ratio": 0.6, "v_ratio": 0.6, "v_metric": "plain"}
+    more = {"k_ratio": 0.6, "v_ratio": 0.6}
     settings = {allocation: KVShrinkSettings(allocation=allocation, **more) for allocation in ("uniform", "spectrum")}
 
     def error(allocation):
@@ -127,6 +127,46 @@ def test_spectrum_beats_uniform_in_what_it_minimises():
         return sum(layer.k_error + layer.v_error for layer in made.layers.values())
 
     assert error("spectrum") <= error("uniform")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi"])
+@pytest.mark.parametrize("group", [0, 1])
+def test_value_decoders_fold_into_the_output_projection(family, group):
+    model = model_of(family)
+    factors = shrink_kv(model, TEXT, KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, v_metric="plain", head_group=group))
+    block, values = attention_blocks(model)[1], factors.layers[1].values.to(dtype=torch.float64)
+    folded = folded_output(block, values)
+    heads = config_of(family).num_key_value_heads if family != "gpt_neox" else 4
+    groups = folded.shape[0] // (heads * values.rank)
+    codes = torch.randn(5, values.rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(heads, groups, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rebuilt = torch.einsum("hgt,thd->hgd", weights, values.rebuild(codes).unflatten(1, (heads, -1))).flatten()
+    layer = getattr(block.module, "o_proj", None) or block.module.dense
+    expected = rebuilt @ layer.weight.detach().double().T
+    torch.testing.assert_close((weights @ codes).flatten() @ folded, expected)
+    with pytest.raises(LossplugError, match="coded about a mean"):
+        folded_output(block, dataclasses.replace(values, mean=torch.zeros(values.width)))
+
+
+def test_memory_does_not_grow_with_the_text():
+    model = model_of("llama")
+
+    def held(count):
+        recorder = record_moments(model, (tokens(2, 40, seed) for seed in range(count)))
+        state = [layer.state_dict() for layer in recorder.layers.values()]
+        assert recorder.tokens == count * 2 * 36
+        return sum(t.untyped_storage().nbytes() for t in tensors_in(state))
+
+    assert held(2) == held(9)
+    endless = (tokens(2, 40, seed) for seed in range(3))  # a generator is gone through once
+    assert shrink_kv(model, endless, KVShrinkSettings()).tokens == 3 * 2 * 36
+
+
+def tensors_in(thing):
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else []
+    return [t for part in parts for t in tensors_in(part)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi"])
@@ -311,7 +351,7 @@ def test_head_groups_have_codes_of_their_own():
     recorder = record_moments(model, TEXT)
     errors = []
     for group in (4, 2, 1, 0):
-        settings = KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, head_group=group, v_metric="plain")
+        settings = KVShrinkSettings(k_ratio=0.5, v_ratio=0.5, head_group=group)
         made = fit_factors(model, recorder, settings)
         errors.append(sum(layer.k_error + layer.v_error for layer in made.layers.values()))
         outside = torch.block_diag(*[torch.ones(8 * group, 4 * group)] * (4 // group)) == 0 if group else None

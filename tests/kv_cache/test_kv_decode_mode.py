@@ -1,13 +1,25 @@
 """One masked pass gives what decoding token by token gives; the perplexity counts what is decoded."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from families import model_of, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from torchmetrics import Metric
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, KVShrinkSettings, decode_logits, shrink_kv
+from lightning_lossplug.integrations.kv_cache import (
+    ChannelShrunkCache,
+    KVShrinkSettings,
+    decode_logits,
+    decode_mode,
+    exact_prefix,
+    shrink_kv,
+)
+from lightning_lossplug.kv_cache import exact_tokens
 from lightning_lossplug.metrics import DecodePerplexity
 from lightning_lossplug.registry import registry
 
@@ -40,6 +52,59 @@ def test_one_pass_equals_decoding(family, bits, sinks):
     dense = decode_logits(model, None, ids, PREFILL)
     torch.testing.assert_close(once[:, :PREFILL], dense[:, :PREFILL], rtol=0, atol=1e-4)
     assert (once[:, PREFILL:] - dense[:, PREFILL:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("residual", ["block", "block_lagged"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_windows_of_blocks(family, residual):
+    model, ids = model_of(family), tokens(2, LENGTH, seed=9)
+    factors = factors_of(model, residual=residual)
+    once = decode_logits(model, factors, ids, PREFILL)
+    torch.testing.assert_close(once, step_by_step(model, factors, ids), rtol=0, atol=5e-4)
+    sliding = decode_logits(model, factors_of(model), ids, PREFILL)
+    assert (once - sliding)[:, PREFILL + 1 :].abs().amax((0, 2)).min() > 1e-3  # row PREFILL ends a block of 5
+
+
+@given(st.integers(1, 60), st.integers(1, 9))
+def test_exact_tokens_are_those_of_a_loop(count, window):
+    spans = {"sliding": 0, "block": 0, "block_lagged": 0}
+    for _ in range(count):
+        spans = {name: span + 1 for name, span in spans.items()}
+        spans["sliding"] = min(spans["sliding"], window)
+        spans["block"] = 1 if spans["block"] > window else spans["block"]
+        spans["block_lagged"] -= window if spans["block_lagged"] == 2 * window else 0
+    for name, span in spans.items():
+        assert min(exact_tokens(count, window, name), count) == span
+        assert torch.equal(exact_tokens(torch.tensor([count]), window, name).clamp(max=count), torch.tensor([span]))
+
+
+@pytest.mark.parametrize("residual", ["sliding", "block", "block_lagged"])
+@pytest.mark.parametrize("attention", ["auto", "latent", "rebuild"])
+def test_bytes_and_ways_agree_with_any_residual(residual, attention):
+    model, ids = model_of("llama"), tokens(2, LENGTH, seed=9)
+    cache = ChannelShrunkCache(model, factors_of(model, residual=residual), attention=attention)
+    once = decode_logits(model, cache.factors, ids, PREFILL)
+    with torch.no_grad():
+        model(input_ids=ids[:, :PREFILL], past_key_values=cache)
+        for t in range(PREFILL, LENGTH):
+            found = model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+            torch.testing.assert_close(once[:, t : t + 1], found, rtol=0, atol=5e-4)
+            assert cache.nbytes() == cache.expected_bytes()
+    keys = cache.shrunk_layers()[0].keys.shape[2]
+    assert keys == {"sliding": WINDOW, "block": WINDOW, "block_lagged": WINDOW}[residual]  # 30 is a multiple of 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama_yarn", "gemma2", "gemma3", "phi"])
+def test_a_prompt_is_processed_once_for_many_factors(family):
+    model, ids = model_of(family), tokens(2, LENGTH, seed=9)
+    cache, tables = exact_prefix(model, ids[:, :PREFILL])
+    for options in ({}, {"sinks": 0, "residual": "block", "k_bits": 4}):
+        factors = factors_of(model, **options)
+        with decode_mode(model, factors, PREFILL, past=tables):
+            rest = model(input_ids=ids[:, PREFILL:], past_key_values=copy.deepcopy(cache)).logits
+        once = decode_logits(model, factors, ids, PREFILL)[:, PREFILL:]
+        torch.testing.assert_close(rest, once, rtol=0, atol=1e-4 if not options else 5e-2)
 
 
 def test_limits():

@@ -3,7 +3,7 @@
 Test windows (as in ``kv_smollm2.py``, whose calibration is used) are decoded as one batch: a prompt at once, then token
 by token through a real cache. Bytes are counted at the end, everything a cache holds, relative to ``DynamicCache`` in
 the same dtype. The stock quantised cache needs ``optimum-quanto`` (with ``ninja`` and a compiler); its rows are left
-out, and said so, where that isn't there:
+out, and said so, where that isn't there. ``kv_presses.py`` adds rows to the same file.
 
     pip install --no-deps --target DIR optimum-quanto ninja
     PATH=DIR/bin:$PATH PYTHONPATH=.:DIR python tests/replication/kv_caches.py --output kv_caches.json --moments M.pt
@@ -19,7 +19,7 @@ import torch
 import transformers
 from kv_smollm2 import calibrated, loaded, spread
 
-from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, KIVICache
+from lightning_lossplug.integrations.kv_cache import ChannelShrunkCache, KIVICache, double_sparsity
 from lightning_lossplug.kv_cache import KVShrinkSettings, fit_factors
 
 CODES = "codes of a fifth"
@@ -28,6 +28,7 @@ ROWS = {
     "codes of a half": ("codes", {"k_ratio": 0.5, "v_ratio": 0.5}),
     CODES: ("codes", {"k_ratio": 0.8, "v_ratio": 0.8}),
     "codes of a fifth, 4 bits": ("codes", {"k_ratio": 0.8, "v_ratio": 0.8, "k_bits": 4, "v_bits": 4}),
+    "codes of a fifth, 128 tokens read": ("codes", {"k_ratio": 0.8, "v_ratio": 0.8}),
     "KIVI, 4 bits": ("kivi", {"bits": 4, "residual": 32}),
     "KIVI, 2 bits": ("kivi", {"bits": 2, "residual": 32}),
     "QuantizedCache, 4 bits": ("quantized", {"nbits": 4, "residual_length": 32}),
@@ -74,12 +75,16 @@ def decode(model, cache, ids, prefill):
     return math.exp(loss), len(ids) * (len(logits) - 1) / seconds
 
 
-def row(kind, settings, model, options, ids):
+def row(name, kind, settings, model, options, ids):
     """What is measured of one cache."""
     if kind == "codes":
         wanted = KVShrinkSettings(**settings)
         source = (options.model, options.tokenizer, options.blocks, options.length, False, options.moments)
-        cache = ChannelShrunkCache(model, fit_factors(model, calibrated(*source)[wanted.sinks], wanted))
+        factors = fit_factors(model, calibrated(*source)[wanted.sinks], wanted)
+        sparse = None
+        if name.endswith("tokens read"):
+            sparse = double_sparsity(model, spread(loaded(*source[:2])[1], 6, options.length), channels=16, tokens=128)
+        cache = ChannelShrunkCache(model, factors, sparse=sparse)
     elif kind == "kivi":
         cache = KIVICache(model, **settings)
     elif kind == "quantized":
@@ -124,6 +129,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     model, _, test = loaded(options.model, options.tokenizer)
     ids = torch.cat(spread(test, options.windows, options.length))
+    torch.save(
+        {"ids": ids, "prefill": options.prefill, "dtype": options.dtype}, options.output.with_suffix(".windows.pt")
+    )
     low = type(model)(model.config).to(getattr(torch, options.dtype)).eval()
     low.load_state_dict(model.state_dict())
     done = json.loads(options.output.read_text()) if options.output.exists() else {}
@@ -131,7 +139,7 @@ def main(argv=None):
         if name in done:
             continue
         try:
-            found = row(*ROWS[name], low, options, ids)
+            found = row(name, *ROWS[name], low, options, ids)
         except (ImportError, OSError, RuntimeError) as error:
             print(f"{name}: left out, {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue

@@ -4,6 +4,7 @@ import json
 
 import kv_caches
 import kv_smollm2
+import kv_training
 import pytest
 import torch
 import transformers
@@ -34,6 +35,17 @@ def test_every_row_is_found_and_calibration_happens_once(model, tmp_path, capsys
     for error in ("k_error", "v_error"):
         assert closed[error] <= trained[error] + 1e-6 <= start[error] + 2e-6
     assert "| 80 %, window 128 |" in output.with_suffix(".md").read_text()
+
+
+def test_training_ends_above_the_closed_form(model, tmp_path, capsys):
+    output = tmp_path / "training.json"
+    small = ["--model", model, "--tokenizer", "bytes", "--blocks", "4", "--length", "64", "--layers", "0", "2"]
+    command = ["--output", str(output), "--moments", str(tmp_path / "moments.pt"), *small]
+    kv_training.main([*command, "--budgets", "300:1e-2", "20:5e-5"])
+    for found in json.loads(output.read_text()).values():
+        assert found["closed form"] <= found["300 steps at 0.01"] + 1e-9
+        assert found["300 steps at 0.01"] < found["20 steps at 5e-05"] < found["ASVD"]
+    assert "4 projections" in capsys.readouterr().out
 
 
 def test_caches_beside_each_other(model, tmp_path):
