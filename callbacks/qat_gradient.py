@@ -208,7 +208,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
                 p.add_((p.grad * factor).to(p.dtype))  # type: ignore[operator]
             # Taken away, not copied: the second pass makes gradients of its own, and adds to nothing. With several
             # processes they may be views of buckets that it writes again.
-            first = [p.grad if trainer.world_size == 1 else p.grad.clone() for p in params]  # type: ignore[misc, union-attr]
+            alone = trainer.world_size == 1
+            first: list[Tensor] = [p.grad if alone else p.grad.clone() for p in params]  # type: ignore[misc, union-attr]
             for p in params:
                 p.grad = None
         try:
