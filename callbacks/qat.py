@@ -103,7 +103,8 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         include: Glob patterns of layer paths; null takes every product but embeddings and depthwise convolutions. A
             mapping gives every pattern its own bits: ``{"*.mlp.*": "w4a8", "*.attn.*": "w8"}``.
         exclude: Glob patterns that are left out.
-        first_last_bits: Bits of the first convolution and the output layer; null leaves them as they are.
+        first_last_bits: Bits of the first convolution and the output layer; null leaves them as they are. The step of
+            the first convolution's input is the range of the first batches; it isn't learned.
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.

@@ -62,7 +62,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         group_size: Weights per group, for ``group``.
         include: Glob patterns of layer paths, or a mapping to bits; see :class:`QAT`.
         exclude: Glob patterns that are left out.
-        first_last_bits: Bits of the first convolution and the output layer; null leaves them as they are.
+        first_last_bits: Bits of the first convolution and the output layer; null leaves them as they are. The step of
+            the first convolution's input is the range of the first batches; it isn't learned.
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.
@@ -202,12 +203,15 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
             factor = self._factor([p.grad for p in moved])  # type: ignore[misc]
             if factor is None:
                 return  # the GradScaler skips this step by itself
-            first = [p.grad.clone() for p in params]  # type: ignore[union-attr]
             kept = [p.detach().clone() for p in moved]
             for p in moved:
                 p.add_((p.grad * factor).to(p.dtype))  # type: ignore[operator]
+            # Taken away, not copied: the second pass makes gradients of its own, and adds to nothing. With several
+            # processes they may be views of buckets that it writes again.
+            alone = trainer.world_size == 1
+            first: list[Tensor] = [p.grad if alone else p.grad.clone() for p in params]  # type: ignore[misc, union-attr]
             for p in params:
-                p.grad.zero_()  # type: ignore[union-attr]
+                p.grad = None
         try:
             with self._repeating(trainer, pl_module):
                 self._repeat(trainer, optimizer, steps, pl_module.device)
@@ -264,24 +268,28 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         self, trainer: Trainer, params: list[nn.Parameter], first: list[Tensor], scales: dict[int, str]
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        unscale = 1.0 if scaler is None else 1.0 / float(scaler.get_scale())
-        second: list[Tensor] = [p.grad * unscale for p in params]  # type: ignore[operator, misc]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            elif scaler is not None:
+                p.grad.mul_(1.0 / float(scaler.get_scale()))
+        second: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in second]))
         if not bool(total.isfinite()):
             for p, g in zip(params, first, strict=True):
-                p.grad.copy_(g)  # type: ignore[union-attr]
+                p.grad = g
             return
         names = [scales.get(id(p)) for p in params]
         task = {name: g for name, g in zip(names, first, strict=True) if name is not None}
-        smooth = {name: g for name, g in zip(names, second, strict=True) if name is not None}
+        smooth = {name: g.clone() for name, g in zip(names, second, strict=True) if name is not None}
         gated = self.technique.combine(task, smooth)
         for p, name, g1, g2 in zip(params, names, first, second, strict=True):
             if name is not None:
-                p.grad.copy_(gated[name])  # type: ignore[union-attr]
+                g2.copy_(gated[name])
                 if self.technique.settings.freeze_target == "both" and not bool(gated[name].any()):
                     p.grad = None  # so that momentum and weight decay leave it alone too
-            else:
-                p.grad.copy_(g2 if self.technique.settings.sharpness == "sam" else (g1 + g2) / 2)  # type: ignore[union-attr]
+            elif self.technique.settings.sharpness != "sam":
+                g2.add_(g1).div_(2)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the picture, if a window was full."""

@@ -16,6 +16,7 @@ from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.export.folder import MANIFEST, read_artifact_manifest
 from lightning_lossplug.integrations.network import find_network, rebuild_module
 from lightning_lossplug.metrics.counts import stored_bytes, zeros
+from lightning_lossplug.registry import registry
 from lightning_lossplug.sparsity.technique import NMTechnique
 from lightning_lossplug.surgery.plug import fold
 from lightning_lossplug.untrusted import read_json, reading
@@ -44,13 +45,26 @@ def load_subject(path: str | Path, model: str | None = None) -> Subject:
     """Reads a Lightning checkpoint, or a folder written by an export, ``save_for_hf`` or ``save_pretrained``.
 
     Args:
-        path: A file or a folder.
+        path: A file or a folder; or ``timm:NAME`` and ``hf:NAME`` for published weights, ``checkpoint:FILE`` and
+            ``artifact:FOLDER``.
         model: Class of the LightningModule, where a checkpoint doesn't say.
 
     Raises:
         LossplugError: There is nothing there that can be read, or a weights-only folder.
     """
+    kind, _, name = str(path).partition(":")
+    if name and kind in ("checkpoint", "artifact"):
+        return load_subject(name, model)
+    if name and kind in ("timm", "hf"):
+        with torch.random.fork_rng(devices=[]):
+            return Subject(str(path), registry.get("teacher", kind).load()(name).eval(), {})
     path = Path(path)
+    if not path.exists():
+        raise LossplugError(
+            "there is no such checkpoint file or folder",
+            where=str(path),
+            remedy="Give one, or timm:NAME or hf:NAME",
+        )
     if not path.is_dir():
         return _from_checkpoint(path, model)
     try:

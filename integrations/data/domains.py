@@ -20,39 +20,43 @@ Domain = Literal["rotation", "background", "blur", "inversion"]
 DOMAINS: tuple[str, ...] = get_args(Domain)
 
 
-def to_domain(images: Tensor, domain: str, index: Tensor, seed: int = 0) -> Tensor:
+def to_domain(images: Tensor, domain: str, index: Tensor, seed: int = 0, strength: float = 1.0) -> Tensor:
     """Moves grey images to a domain, by numbers that depend on ``(index, seed)`` alone.
 
-    ``rotation`` turns by 30 to 90 degrees, to the left or the right; ``background`` puts a smooth random pattern behind
-    the object; ``blur`` is a Gaussian of 1.5 pixels; ``inversion`` swaps black and white.
+    At full strength ``rotation`` turns by 30 to 90 degrees, to the left or the right; ``background`` puts a smooth
+    random pattern behind the object; ``blur`` is a Gaussian of 1.5 pixels; ``inversion`` swaps black and white. At
+    strength s angles, brightness of the pattern and width of the Gaussian are s times that, and only pixels of at
+    least 255 (1 - s) are inverted.
 
     Args:
         images: uint8 ``[samples, height, width]``, objects on black.
         domain: One of ``rotation``, ``background``, ``blur`` and ``inversion``.
         index: Number of each image, int64 ``[samples]``.
         seed: Seed of the draws.
+        strength: Above 0 to 1.
 
     Raises:
-        LossplugError: Another domain.
+        LossplugError: Another domain or strength.
     """
-    _check(domain)
+    _check(domain, strength)
     if domain == "inversion":
-        return 255 - images
+        return torch.where(images >= 255 * (1 - strength), 255 - images, images)
     x = images[:, None].float()
     if domain == "blur":
         at = torch.arange(-4, 5, dtype=torch.float32)
-        row = torch.exp(-(at**2) / (2 * 1.5**2))
+        row = torch.exp(-(at**2) / (2 * (1.5 * strength) ** 2))
         row = row / row.sum()
         x = F.conv2d(F.conv2d(x, row[None, None, None, :], padding=(0, 4)), row[None, None, :, None], padding=(4, 0))
     elif domain == "rotation":
         draw = 2 * random_uniform(index, seed, 1) - 1
-        angle = (draw.sign() * (30 + 60 * draw.abs())).deg2rad().float()
+        angle = (draw.sign() * (30 + 60 * draw.abs()) * strength).deg2rad().float()
         cos, sin, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
         turn = torch.stack([torch.stack([cos, -sin, none], 1), torch.stack([sin, cos, none], 1)], 1)
         x = F.grid_sample(x, F.affine_grid(turn, list(x.shape), align_corners=False), align_corners=False)
     else:
         cells = torch.stack([random_uniform(index, seed, 2, cell) for cell in range(25)], 1).float()
-        pattern = F.interpolate(cells.reshape(-1, 1, 5, 5) * 200, size=x.shape[-2:], mode="bicubic").clamp(0, 255)
+        grid = cells.reshape(-1, 1, 5, 5) * (200 * strength)
+        pattern = F.interpolate(grid, size=x.shape[-2:], mode="bicubic").clamp(0, 255)
         x = x + pattern * (1 - x / 255)
     return x.round().clamp(0, 255).to(torch.uint8)[:, 0]
 
@@ -106,9 +110,10 @@ class DomainShiftData(FashionMNISTData):
         train_limit: Keep only so many of the other training images (before one domain is left out).
         num_workers: Worker processes of each loader.
         seed: Seed of domains, split and order.
+        strength: How far the domains are apart, above 0 to 1 (see :func:`to_domain`).
 
     Raises:
-        LossplugError: Another domain, a batch size that three does not divide, missing files.
+        LossplugError: Another domain or strength, a batch size that three does not divide, missing files.
     """
 
     def __init__(
@@ -120,8 +125,9 @@ class DomainShiftData(FashionMNISTData):
         train_limit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        strength: float = 1.0,
     ) -> None:
-        _check(held_out)
+        _check(held_out, strength)
         self.sources = [domain for domain in DOMAINS if domain != held_out]
         if batch_size % len(self.sources):
             raise LossplugError(
@@ -130,7 +136,7 @@ class DomainShiftData(FashionMNISTData):
                 remedy=f"Give a multiple of {len(self.sources)}",
             )
         super().__init__(root, batch_size, val_split, train_limit, num_workers=num_workers, seed=seed)
-        self.held_out = held_out
+        self.held_out, self.strength = held_out, strength
 
     def setup(self, stage: str) -> None:
         """Reads the files (once), deals the images to the domains."""
@@ -142,13 +148,15 @@ class DomainShiftData(FashionMNISTData):
         parts = [self._part(val, domain) for domain in self.sources]
         self.val_set = self._dataset(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
         everything = torch.arange(len(test))
-        self.test_set = self._dataset(to_domain(test.images, self.held_out, everything, self.seed), test.labels)
+        moved = to_domain(test.images, self.held_out, everything, self.seed, self.strength)
+        self.test_set = self._dataset(moved, test.labels)
 
     def _part(self, whole: ImageArrays, domain: str) -> ImageArrays:
         # Drawn class by class: a fixed stride would give a domain half of the classes, which come in turns.
         shares = [len(whole) // len(DOMAINS)] * len(DOMAINS)
         index = stratified_split(whole.labels, shares, self.seed)[DOMAINS.index(domain)]
-        return self._dataset(to_domain(whole.images[index], domain, index, self.seed), whole.labels[index])
+        images = to_domain(whole.images[index], domain, index, self.seed, self.strength)
+        return self._dataset(images, whole.labels[index])
 
     def train_dataloader(self) -> ResumableLoader:
         """Domain-balanced batches, shuffled by ``(seed, epoch)``."""
@@ -171,8 +179,10 @@ def _images(part: Dataset[Any]) -> ImageArrays:
     return part
 
 
-def _check(domain: str) -> None:
+def _check(domain: str, strength: float) -> None:
     if domain not in DOMAINS:
         raise LossplugError(
             f"there is no domain {domain!r}", where="DomainShiftData", remedy=suggestion(domain, DOMAINS)
         )
+    if not 0 < strength <= 1:
+        raise LossplugError(f"strength is {strength!r}, allowed is above 0 to 1", where="DomainShiftData")

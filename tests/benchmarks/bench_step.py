@@ -30,6 +30,7 @@ import torch
 
 from lightning_lossplug.callbacks import QAT, GradientAdaptiveQAT, NMSparsity, SwapLoss
 from lightning_lossplug.integrations import CausalLM, ImageClassifier
+from lightning_lossplug.surgery.attention import find_attention
 
 VARIANTS = {
     "plain": list,
@@ -97,8 +98,8 @@ def brevitas_qat(network):
     return network
 
 
-# Where they import, which is not in the environment of the tests:
-#   pip install --no-deps --target /tmp/others torchao brevitas dependencies unfoldnd
+# Where they import, which is not in the environment of the tests (Brevitas wants two old packages):
+#   pip install --no-deps --target /tmp/others torchao brevitas dependencies==2.0.1 unfoldNd "setuptools<81"
 #   OMP_NUM_THREADS=2 PYTHONPATH=/tmp/others python tests/benchmarks/bench_step.py --others --variants QAT
 OTHERS = {
     "torchao QAT W8A8 (linear layers only)": lambda: [Converted(torchao_qat)],
@@ -241,7 +242,10 @@ def main() -> None:
     quiet()
     results = []
     for model in arguments.models:
-        found = side_by_side(model, arguments.batch, arguments.rounds, list(dict.fromkeys(["plain", *variants])))
+        own = dict.fromkeys(["plain", *variants])
+        if not find_attention(build(model)):
+            own = [name for name in own if "attention" not in name]
+        found = side_by_side(model, arguments.batch, arguments.rounds, list(own))
         plain = found["plain"][0][WARM_UP:]
         for name, (seconds, own) in found.items():
             pairs = list(zip(seconds[WARM_UP:], plain, strict=True))

@@ -50,6 +50,7 @@ def test_dense_folder_loads_in_transformers(cli, language_model, text, tmp_path)
     [
         (["--bits", "w9"], "bits is 9.0, allowed is 2 to 8"),
         (["--bits", "x4"], "'x4' says no bits"),
+        (["--bits", "a8"], "'a8' says no bits of weights"),
         (["--method", "gptk"], "unknown post_training 'gptk'. Did you mean 'gptq'"),
         (["--method", "smoothquant"], "smoothquant rounds nothing"),
         (["--migrate", "gptq"], "gptq moves no outliers"),
@@ -91,3 +92,26 @@ def test_nan_during_calibration_names_the_layer(mistake, language_model, text, t
     line = mistake("quantize", tmp_path / "broken", "--text", text, "-o", tmp_path / "out", *SMALL)
     assert "model.layers.1.self_attn.q_proj: " in line
     assert "of the calibration inputs are NaN or infinite" in line
+
+
+def test_models_by_kind_and_name(cli, mistake, artifact, language_model, text, tmp_path):
+    code, out, err = cli(
+        "quantize", f"timm:local-dir:{artifact}", "--data", "DigitsData", "--bits", "w4", "--method", "rtn",
+        "--samples", 32, "-o", tmp_path / "q",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert f'load_packed(timm.create_model("local-dir:{artifact}")' in out
+    assert (tmp_path / "q" / "quantized.safetensors").is_file()
+    code, out, err = cli(
+        "quantize", f"hf:{language_model}", "--text", text, "--bits", "w8", "-o", tmp_path / "r", *SMALL
+    )
+    assert (code, err) == (0, "")
+    to = ("-o", tmp_path / "s")
+    assert "Give one, or timm:NAME or hf:NAME" in mistake("quantize", "resnet18", "--data", "DigitsData", *to)
+    assert "timm has no model 'resnett18'" in mistake("quantize", "timm:resnett18", "--data", "DigitsData", *to)
+    assert "--text calibrates language models" in mistake("quantize", "timm:resnet18", "--text", text, *to)
+
+
+def test_data_of_another_shape_is_one_line(mistake, artifact, tmp_path):
+    line = mistake("quantize", artifact, "--data", "TextData", "--data.tokenizer=bytes", "-o", tmp_path / "s")
+    assert "can't compute a batch of TextData" in line

@@ -52,6 +52,19 @@ def test_what_a_domain_does():
         to_domain(x, "blurr", index)
 
 
+def test_domains_come_closer_with_less_strength():
+    x, index = image(), torch.arange(3)
+    x[:, 12, 12] = 60
+    half = to_domain(x, "inversion", index, strength=0.5)
+    assert torch.equal(half, torch.where(x > 127, 255 - x, x))  # bright pixels alone
+    for domain in ("rotation", "background", "blur"):
+        near, far = ((to_domain(x, domain, index, strength=s).float() - x.float()).square().mean() for s in (0.3, 1.0))
+        assert 0 < near < 0.8 * far, domain
+    for wrong in (0.0, 1.5):
+        with pytest.raises(LossplugError, match=r"strength is .*, allowed is above 0 to 1"):
+            DomainShiftData("blur", strength=wrong)
+
+
 def test_batches_are_balanced_and_the_held_out_domain_is_the_test(root):
     data = DomainShiftData("inversion", root, batch_size=12, val_split=40)
     data.setup("fit")

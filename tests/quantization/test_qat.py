@@ -58,6 +58,19 @@ def test_a_fit_learns_scales_and_leaves_no_patch():
     assert {id(p) for p in groups[1]["params"]} == {id(s) for s in qat.technique.named_scales().values()}
 
 
+def test_the_step_of_images_is_measured_and_no_gradient_goes_there():
+    net = Convolutions()
+    technique = QATTechnique(QATSettings(4, 4))
+    technique.attach(net)
+    first = next(iter(technique.layers.values()))
+    x = torch.randn(32, 16)
+    net.net(x).square().sum().backward()
+    assert first.activation.bits == 8
+    assert float(first.activation.s) == pytest.approx(float((x / torch.where(x > 0, 127.0, -128.0)).max()))
+    assert first.activation.s.grad is None
+    assert f"{first.candidate.name}.input.s" not in technique.named_scales()
+
+
 def test_the_bare_loop_is_the_callback():
     module = Plain()
     net = copy.deepcopy(module.net)

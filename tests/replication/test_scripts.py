@@ -21,6 +21,7 @@ import nm_smollm2
 import number_text
 import probability
 import pytest
+import qat_bits
 import runner
 import scoring
 import torch
@@ -309,6 +310,25 @@ def test_everything_together_on_a_language_model(output, tmp_path):
         assert results[row]["perplexity"] == pytest.approx(results[row]["trained perplexity"], rel=0.01)
         assert results[row]["bytes"] < 0.9 * results["plain"]["bytes"]
     assert "| together |" in output.with_suffix(".md").read_text()
+
+
+def test_quantisers_by_bits(root, output):
+    few = ["--bits", "W4A4", "W1A8", "--methods", "LSQ", "BiPer", "--models", "vit", "--limit", "300"]
+    command = ["--root", root, "--output", str(output), *TINY, "--width", "8", "--qat-epochs", "1", *few]
+    qat_bits.main(command)
+    done = records(output)
+    assert [r["run"]["bits"] for r in done] == [None, "W4A4", "W1A8"]
+    assert len({r["result"]["test_loss"] for r in done}) == 3
+    assert "| W1A8 | BiPer |" in output.with_suffix(".md").read_text()
+
+
+def test_every_quantiser_of_the_table_takes_its_bits():
+    for bits, methods in qat_bits.METHODS.items():
+        w, _, a = bits.removeprefix("W").partition("A")
+        for options in methods.values():
+            technique = qat_bits.QAT(float(w), int(a), **options).technique
+            technique.attach(qat_bits.resnet(8))
+            assert {q.bits for n, q in technique.quantizers() if "layer1.0.conv1.weight" in n} == {float(w)}
 
 
 @pytest.mark.slow
