@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE
-from lightning_lossplug.sparsity.native import keep, native, scale
+from lightning_lossplug.sparsity.native import keep, native, room_for, scale
 from lightning_lossplug.sparsity.sharding import is_sharded, shard_like
 
 _WORDS = sys.byteorder == "little"
@@ -63,7 +63,7 @@ def unpack_rows(bits: Tensor, shape: Sequence[int]) -> Tensor:
 def masked(values: Tensor, bits: Tensor) -> Tensor:
     """Returns ``values`` where a mask is set and ``+0.0``, whatever they hold, elsewhere."""
     if (library := native(values, bits)) is not None:
-        return keep(library, values.detach(), bits, torch.empty_like(values))
+        return keep(library, values.detach(), bits, room_for(values))
     if not (_looked_up(bits) and values.is_contiguous()):
         return torch.where(unpack_rows(bits, values.shape), values, 0.0)
     integer = INTEGER_OF_SIZE[values.element_size()]
@@ -86,7 +86,7 @@ def mask_(values: Tensor, bits: Tensor) -> Tensor:
 def attenuated(values: Tensor, bits: Tensor, decay: float) -> Tensor:
     """Returns float32 or float64 ``values`` where a mask is set and ``decay`` times them elsewhere."""
     if (library := native(values, bits)) is not None:
-        return scale(library, values, bits, torch.empty_like(values), 1.0, decay)
+        return scale(library, values, bits, room_for(values), 1.0, decay)
     return factors(bits, values, 1.0, decay).mul_(values)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +30,39 @@ _ARGUMENTS = {
     "lossplug_scale": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INTEGER],
     "lossplug_pull": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _INTEGER],
 }
+
+
+class _Scratch(threading.local):
+    wanted = False
+    storage: torch.UntypedStorage | None = None
+
+
+_scratch = _Scratch()
+
+
+@contextmanager
+def for_a_moment() -> Iterator[None]:
+    """What :func:`room_for` returns meanwhile is for one product, so that the next one may get the same memory.
+
+    Fresh memory has to be mapped page by page, which costs as much as masking a weight does.
+    """
+    before, _scratch.wanted = _scratch.wanted, True
+    try:
+        yield
+    finally:
+        _scratch.wanted = before
+
+
+def room_for(values: Tensor) -> Tensor:
+    """Returns an empty tensor like ``values``: in the thread's one buffer if wanted and not held."""
+    if not _scratch.wanted:
+        return torch.empty_like(values)
+    storage = _scratch.storage
+    if storage is not None and torch._C._storage_Use_Count(storage._cdata) > 1:
+        return torch.empty_like(values)
+    if storage is None or storage.nbytes() < values.nbytes:
+        storage = _scratch.storage = torch.UntypedStorage(values.nbytes)
+    return torch.empty(0, dtype=values.dtype).set_(storage, 0, values.shape, values.stride())
 
 
 @cache

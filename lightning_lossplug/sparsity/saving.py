@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import _autograd
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.sparsity.native import for_a_moment
 
 _outer_hooks: Callable[[bool], Any] | None = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -66,9 +67,14 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def in_pass() -> bool:
+    """Tells whether a layer is in a forward pass that will keep no masked weight."""
+    return not torch.compiler.is_compiling() and _running.now is not None
+
+
 def note(value: Tensor, make: Callable[[Tensor], Tensor], weight: Tensor) -> None:
     """Says that ``value``, which a layer is about to use, is ``make(weight)`` for as long as the weight stays."""
-    if not torch.compiler.is_compiling() and _running.now is not None:
+    if in_pass() and _running.now is not None:
         _running.now.reads.append((value, _Read(make, weight, weight._version)))
 
 
@@ -81,7 +87,7 @@ def _unpack(kept: Any) -> Any:
             "a masked weight was changed between the forward and the backward pass that uses it",
             remedy="Step the optimizer after the backward pass, as for a plain layer",
         )
-    with torch.no_grad():
+    with for_a_moment(), torch.no_grad():
         return read.make(read.weight).as_strided(kept.size, kept.stride, kept.offset)
 
 

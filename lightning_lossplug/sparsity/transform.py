@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.sparsity.bits import pack_rows, unpack_rows
-from lightning_lossplug.sparsity.saving import hook_layer, note, unhook_layer
+from lightning_lossplug.sparsity.native import for_a_moment
+from lightning_lossplug.sparsity.saving import hook_layer, in_pass, note, unhook_layer
 from lightning_lossplug.sparsity.signals import Watched
 from lightning_lossplug.sparsity.ste import GradMode, attenuate, packed_ste
 from lightning_lossplug.surgery.plug import PluggedLayer, transform_of
@@ -59,7 +61,8 @@ class NMTransform(Watched):
         """Returns the effective weight."""
         if self.mode == "dense":
             return weight
-        value = packed_ste(weight, self.bits, None if self.mode == "hard" else self.decay, self.grad_mode)
+        with for_a_moment() if in_pass() else nullcontext():
+            value = packed_ste(weight, self.bits, None if self.mode == "hard" else self.decay, self.grad_mode)
         note(value, self.make, weight)
         return value
 

@@ -141,3 +141,26 @@ def test_without_a_compiler_a_step_is_the_same(no_compiler):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CXX")
         assert all(torch.equal(a, b) for a, b in zip(plain, step(), strict=True))
+
+
+def test_one_buffer_serves_all_layers_unless_somebody_keeps_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(16, 2))
+    technique = NMTechnique(NMSettings(2, 4, "nm_ste", include=["0", "1", "2"]))
+    technique.attach(model)
+    technique.advance(technique._progress)
+    seen = []
+    handles = [layer.register_forward_pre_hook(lambda layer, _: seen.append(layer.weight)) for layer in model[:3]]
+    kept = [w.clone() for w in (layer.weight for layer in model[:3])]
+    model(torch.randn(4, 16)).sum().backward()  # hooks read each weight once more, and hold it
+    for held, expected in zip(seen, kept, strict=True):
+        assert torch.equal(held, expected)
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(torch.randn(4, 16)).sum().backward()
+    buffer = native._scratch.storage
+    assert buffer.nbytes() == 32 * 32 * 4
+    outside = model[0].weight  # in no product: memory of its own, which may be saved
+    assert outside.untyped_storage().nbytes() == outside.nbytes
+    assert torch._C._storage_Use_Count(buffer._cdata) == 1
