@@ -433,3 +433,12 @@ def test_resuming_with_other_bits_is_refused(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(LossplugError, match=r"the checkpoint has bits \[4, 4\] there, this run \[3, 4\]"):
         make_trainer(callbacks=[QAT(3, 4)]).fit(Plain(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_many_bits_start_from_the_range_few_from_the_mean():
+    x = torch.randn(64, 64)
+    x[0, 0] = 1000.0  # a large activation, as language models have them
+    for bits, start in ((8, "minmax"), (5, "minmax"), (4, "lsq"), (2, "lsq")):
+        found, expected = (create("lsq", bits=bits, init=init, role="activation").train() for init in ("auto", start))
+        assert torch.equal(found(x), expected(x))
+    assert float(create("lsq", bits=8, role="activation").train()(x).max()) == 1000.0

@@ -145,6 +145,7 @@ def test_without_a_compiler_a_step_is_the_same(no_compiler):
 
 def test_one_buffer_serves_all_layers_unless_somebody_keeps_it():
     torch.manual_seed(0)
+    native._scratch.storage = None  # of other tests
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(16, 2))
     technique = NMTechnique(NMSettings(2, 4, "nm_ste", include=["0", "1", "2"]))
     technique.attach(model)
