@@ -30,9 +30,9 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     A weight ``p`` becomes ``p.codes`` (as few bits as its codes need, without gaps), ``p.scale`` and, where it has
     one, ``p.zero_point``. Of a sparse weight only codes other than 0 are in ``p.codes``, and ``p.kept`` says where, a
     bit per weight: 8-bit codes at 2:4 take 5 bits per weight. The static step of a layer's input is ``p.input_scale``.
-    Every other tensor of the folded model keeps its key. Weights whose quantiser has no integer codes (floating
-    formats, several bases) are written folded; attention whose operands were quantised in training is in floating
-    point in the model that is loaded.
+    Every other tensor of the folded model keeps its key; of tied ones the first is written. Weights whose quantiser has
+    no integer codes (floating formats, several bases) are written folded; attention whose operands were quantised in
+    training is in floating point in the model that is loaded.
 
     Args:
         model: A module with plugged layers; it stays as it is.
@@ -88,12 +88,22 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     if not layers:
         raise LossplugError("the model has no weight with integer codes", where=str(path), remedy="Train it with QAT")
     packed = sum(t.numel() * t.element_size() for t in tensors.values())
-    rest = {key: value for key, value in dense_state(fold(model)).items() if key not in layers}
+    folded = fold(model)
+    tied = _tied(folded, layers)
+    rest = {key: value for key, value in dense_state(folded).items() if key not in layers and key not in tied}
     everything = {**rest, **tensors}
-    about = {"format": FORMAT, "tensors": digest_tensors(everything), "layers": layers}
+    about = {"format": FORMAT, "tensors": digest_tensors(everything), "layers": layers, "tied": tied}
     header = {KEY: json.dumps(seal(about))}
     write_safetensors(everything, Path(path), header)
     return {"bytes": packed, "float_bytes": dense, "layers": layers}
+
+
+def _tied(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
+    """The other names of Parameters that have several, and the first one of each."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    found = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: other for name, other in found.items() if name != other and not {name, other} & set(layers)}
 
 
 def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True, fuse: bool = True) -> nn.Module:
@@ -112,7 +122,8 @@ def load_packed(module: nn.Module, path: str | Path, *, integers: bool = True, f
     Raises:
         LossplugError: The file is missing, corrupt, or of another module.
     """
-    tensors, layers = _read(Path(path))
+    tensors, layers, tied = _read(Path(path))
+    tensors |= {name: tensors[first] for name, first in tied.items()}
     with reading(path, "the packed model", "It was written for another module, or is damaged"):
         return _load(module, tensors, layers, path, integers, fuse)
 
@@ -206,7 +217,7 @@ def _layer(
     return IntegerLayer(codes.codes, codes.scale, layer.bias, bounds, scale, entry["zero"], entry["convolution"])
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     tensors, pairs = read_safetensors(path, "load_packed")
     header = parse_json(pairs.get(KEY, "null"), path)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -225,7 +236,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, entry in layers.items():
         with reading(f"{path}: {key}", "its description"):
             found[key] = _entry(entry, f"{path}: {key}")
-    return tensors, found
+    tied = header.get("tied")
+    pairs_ok = isinstance(tied, dict) and all(type(first) is str and first in tensors for first in tied.values())
+    if not pairs_ok or not tensors.keys().isdisjoint(tied):
+        raise LossplugError("the file doesn't say which weights are tied", where=str(path))
+    return tensors, found, tied
 
 
 def _entry(entry: dict[str, Any], path: str) -> dict[str, Any]:

@@ -35,10 +35,11 @@ QUICK = {  # what the default run takes; every callback with every strategy is i
     ],
 }
 REFUSED = {
+    **dict.fromkeys([("QAT", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2")], "the scale is sharded"),
     **dict.fromkeys(
-        [("QAT", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2"), ("together", "fsdp2")], "the scale is sharded"
+        [("OnlineDistillation", "fsdp2"), ("SelfDistillation", "fsdp2"), ("together", "fsdp2")],
+        "is not supported with Model",
     ),
-    **dict.fromkeys([("OnlineDistillation", "fsdp2"), ("SelfDistillation", "fsdp2")], "is not supported with Model"),
     **dict.fromkeys([("CompressedGradients", "fsdp2"), ("LocalUpdates", "fsdp2")], "no communication hook for them"),
     **dict.fromkeys([("SAM", "fsdp2"), ("KVChannelShrink", "fsdp2")], "parameters are sharded by ModelParallel"),
 }

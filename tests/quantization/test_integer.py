@@ -10,6 +10,7 @@ from callback_runs import Plain, data, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qat_cases import Convolutions
+from safetensors import safe_open
 from torch import nn
 
 from lightning_lossplug import LossplugError
@@ -17,6 +18,8 @@ from lightning_lossplug.callbacks import QAT, NMSparsity
 from lightning_lossplug.integrations.packed import KEY, load_packed, save_packed
 from lightning_lossplug.quantization import (
     IntegerLayer,
+    QATSettings,
+    QATTechnique,
     QuantTransform,
     bits_for,
     create,
@@ -262,3 +265,27 @@ def test_corrupt_descriptions_are_refused_in_one_line(edit, message, tmp_path):
     with pytest.raises(LossplugError, match=message) as caught:
         load_packed(Plain(), path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tied_weight_is_written_once_and_loaded_under_both_names(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 50, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(self.inner(self.table(x)))
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randint(0, 50, (4, 3))
+    technique = QATTechnique(QATSettings(8, None, include=["inner"]))
+    technique.attach(model)
+    model(x)
+    save_packed(model, tmp_path / "tied.safetensors")
+    with safe_open(tmp_path / "tied.safetensors", "pt") as file:
+        assert "table.weight" in file.keys()  # noqa: SIM118
+        assert "head.weight" not in file.keys()  # noqa: SIM118
+    loaded = load_packed(Tied(), tmp_path / "tied.safetensors")
+    assert loaded.head.weight is loaded.table.weight
+    torch.testing.assert_close(loaded(x), fold(model)(x))
