@@ -237,8 +237,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
         with reading(f"{path}: {key}", "its description"):
             found[key] = _entry(entry, f"{path}: {key}")
     tied = header.get("tied")
-    pairs_ok = isinstance(tied, dict) and all(type(first) is str and first in tensors for first in tied.values())
-    if not pairs_ok or not tensors.keys().isdisjoint(tied):
+    known = isinstance(tied, dict) and all(type(first) is str and first in tensors for first in tied.values())
+    if not isinstance(tied, dict) or not known or not tensors.keys().isdisjoint(tied):
         raise LossplugError("the file doesn't say which weights are tied", where=str(path))
     return tensors, found, tied
 
