@@ -14,6 +14,7 @@ from lightning_lossplug.export.dense import dense_state, write_safetensors
 from lightning_lossplug.export.folder import artifact_folder
 from lightning_lossplug.integrations.network import library_of
 from lightning_lossplug.quantization.base import Codes, Quantizer
+from lightning_lossplug.quantization.dynamic import Dynamic
 from lightning_lossplug.quantization.integer import input_bounds, quantizer_of, weight_codes
 from lightning_lossplug.quantization.packing import pack_codes
 from lightning_lossplug.surgery.plug import INPUT, fold, latent, plain_class, plugged_layers
@@ -28,7 +29,8 @@ def save_compressed(
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` loads it where the package compressed-tensors is installed, and
     vLLM does. Codes up to 4 bits are ``pack-quantized`` (eight in an int32), wider ones ``int-quantized``; scales are
-    those of training, per tensor, channel or group. A static step of a layer's input goes along as ``input_scale``.
+    those of training, per tensor, channel or group. A static step of a layer's input goes along as ``input_scale``; the
+    steps of ``dynamic`` inputs are measured per token by what loads the folder.
     The unpacked weights are the trained model's to the last bit.
 
     Args:
@@ -123,6 +125,11 @@ def _weight(coded: Codes, bits: int) -> dict[str, Tensor]:
 
 def _input(name: str, inputs: Quantizer, like: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     inputs.check_ready()
+    if isinstance(inputs, Dynamic):
+        if inputs.bits not in (4, 8):
+            raise LossplugError(f"its input has {inputs.bits} bits", where=name, remedy="Use 8 or 4 bits for inputs")
+        kind = {"num_bits": inputs.bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        return kind, {}
     step, zero = inputs.grid(like.new_zeros(1))
     low, high = input_bounds(inputs)
     bits = (high - low + 1).bit_length() - 1

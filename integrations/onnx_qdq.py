@@ -53,6 +53,8 @@ def export_onnx_qdq(
         unplug_attention(module)
     for name, layer in layers:
         found = integer_layer(layer, name, "reference")
+        if isinstance(found, IntegerLayer) and found.dynamic:
+            found = "its input has a step per token, and QuantizeLinear has one for all"
         if isinstance(found, str):
             raise LossplugError(
                 found, where=name, remedy="Exclude the layer in training, or fold the model for export_onnx"

@@ -82,6 +82,7 @@ def save_packed(model: nn.Module, path: str | Path) -> dict[str, Any]:
             whole = integer_layer(layer, name, "reference") if parameter == "weight" else "no layer"
             if isinstance(whole, IntegerLayer):
                 entry |= {"bounds": list(whole.bounds), "zero": whole.input_zero, "convolution": whole.convolution}
+                entry["dynamic"] = whole.dynamic
                 tensors[f"{key}.input_scale"] = whole.input_scale.cpu().clone()
             layers[key] = entry
             dense += 4 * coded.codes.numel()
@@ -214,7 +215,16 @@ def _layer(
     scale = tensors[f"{key}.input_scale"]
     if not bool((scale > 0).all()):
         raise LossplugError("the input's scale is not above 0: the file is corrupt", where=f"{path}: {key}")
-    return IntegerLayer(codes.codes, codes.scale, layer.bias, bounds, scale, entry["zero"], entry["convolution"])
+    return IntegerLayer(
+        codes.codes,
+        codes.scale,
+        layer.bias,
+        bounds,
+        scale,
+        entry["zero"],
+        entry["convolution"],
+        entry.get("dynamic") is True,
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:

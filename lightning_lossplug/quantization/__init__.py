@@ -25,6 +25,7 @@ from lightning_lossplug.quantization.binary import (
 from lightning_lossplug.quantization.bivit import BiViT, bivit, bivit_attention
 from lightning_lossplug.quantization.denseshift import DenseShift, denseshift
 from lightning_lossplug.quantization.dorefa import DoReFa, dorefa, dorefa_activation
+from lightning_lossplug.quantization.dynamic import Dynamic, dynamic, dynamic_step
 from lightning_lossplug.quantization.ewgs import EWGS, ewgs
 from lightning_lossplug.quantization.formats import ELEMENTS, MX, NVFP4, FPQuant, fp_quant, mx, nvfp4, round_element
 from lightning_lossplug.quantization.fp_advice import advise_fp_format, critical_tokens, fp_training_loss
@@ -76,6 +77,7 @@ __all__ = [
     "Codes",
     "DenseShift",
     "DoReFa",
+    "Dynamic",
     "FPQuant",
     "FakeQuant",
     "GradientAdaptiveSettings",
@@ -108,6 +110,8 @@ __all__ = [
     "denseshift",
     "dorefa",
     "dorefa_activation",
+    "dynamic",
+    "dynamic_step",
     "ewgs",
     "explicit_attention",
     "fake_quant",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.base import Codes, Quantizer
+from lightning_lossplug.quantization.dynamic import Dynamic
 from lightning_lossplug.quantization.integer_fuse import fuse_layers
 from lightning_lossplug.quantization.integer_layer import Backend, IntegerLayer
 from lightning_lossplug.quantization.transform import QuantTransform
@@ -47,6 +48,7 @@ def integer_layer(layer: nn.Module, where: str = "layer", backend: Backend = "au
         quantizer.check_ready()
         if not quantizer.has_codes:
             return f"{quantizer.name} has no integer codes"
+    measured = isinstance(inputs, Dynamic)
     step, zero = inputs.grid(latent(layer).new_zeros(1))
     coded = weight_codes(layer, weight)
     if coded.zero_point is not None and bool((coded.zero_point != 0).any()):
@@ -61,7 +63,8 @@ def integer_layer(layer: nn.Module, where: str = "layer", backend: Backend = "au
     if not issubclass(kind, nn.Linear):
         names = ("stride", "padding", "dilation", "groups")
         convolution = {n: v if isinstance(v := getattr(layer, n), int) else list(v) for n in names}
-    made = IntegerLayer(coded.codes, coded.scale, layer.bias, (low, high), step, point, convolution)  # type: ignore[arg-type]
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    made = IntegerLayer(coded.codes, coded.scale, bias, (low, high), step, point, convolution, measured)
     if not made.use(backend):
         raise LossplugError("the onednn int8 kernel can't compute this layer here", where=where, remedy="Use 'auto'")
     return made

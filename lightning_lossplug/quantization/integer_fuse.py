@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +41,7 @@ def fuse_layers(model: nn.Module) -> int:
     for region in traced_regions(model, lambda m: isinstance(m, IntegerLayer)):
         for node in region.graph.nodes:
             layer = region.layer(node)
-            if isinstance(layer, IntegerLayer) and layer.backend == "onednn" and layer.emission == Emission():
+            if _is_fast(layer) and layer.emission == Emission():
                 fused += _fuse(region, node, layer)
     return fused
 
@@ -74,7 +74,12 @@ def _skip(region: Region, node: fx.Node) -> fx.Node:
 
 def _readers(region: Region, node: fx.Node) -> list[IntegerLayer] | None:
     layers = [region.layer(user) for user in node.users]
-    return layers if layers and all(isinstance(m, IntegerLayer) and m.backend == "onednn" for m in layers) else None  # type: ignore[return-value]
+    return layers if layers and all(_is_fast(m) for m in layers) else None  # type: ignore[return-value]
+
+
+def _is_fast(layer: object) -> TypeGuard[IntegerLayer]:
+    # Steps that are known only when an input is there can't be built into the product, nor into the one before.
+    return isinstance(layer, IntegerLayer) and layer.backend == "onednn" and not layer.dynamic
 
 
 def _to_bytes(plain: Emission, readers: list[IntegerLayer] | None) -> Emission | None:

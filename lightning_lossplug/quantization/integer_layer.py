@@ -1,4 +1,4 @@
-"""A linear layer or convolution on integers: int8 weight codes, a static step for the input, products in int32.
+"""A linear layer or convolution on integers: int8 weight codes, a step for the input, products in int32.
 
 The product runs through PyTorch's oneDNN int8 operators where they exist and pass a test on the layer's own weights,
 else as the same integers in float32. Those operators are what Inductor emits; they are not a documented interface,
@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.quantization.dynamic import dynamic_step
 
 Backend = Literal["auto", "onednn", "reference"]
 PACKS = 4  # shapes of a convolution's input whose packed weights are kept
@@ -50,6 +53,8 @@ class IntegerLayer(nn.Module):
         input_scale: Step of the input.
         input_zero: Code of an input of 0.
         convolution: Stride, padding, dilation and groups; None is a linear layer.
+        dynamic: Measure the steps of every input instead (:func:`dynamic_step` with as many bits as the bounds have):
+            one per token, or per sample of a convolution. ``input_scale`` is 1 then.
     """
 
     codes: Tensor
@@ -66,6 +71,7 @@ class IntegerLayer(nn.Module):
         input_scale: Tensor,
         input_zero: int = 0,
         convolution: dict[str, Any] | None = None,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("codes", codes.to(torch.int8))
@@ -73,7 +79,7 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", scale.expand(codes.shape[0]).contiguous())
         self.register_buffer("input_scale", input_scale.float().reshape(()))
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self.bounds, self.input_zero, self.convolution = bounds, input_zero, convolution
+        self.bounds, self.input_zero, self.convolution, self.dynamic = bounds, input_zero, convolution, dynamic
         # The kernels take unsigned bytes: a signed code c travels as c - bounds[0].
         self.shift = -bounds[0] if bounds[0] < 0 else 0
         self.backend = "reference"
@@ -88,42 +94,67 @@ class IntegerLayer(nn.Module):
         return self.input_zero + self.shift
 
     @property
+    def _inner_bias(self) -> Tensor | None:
+        """What the product adds by itself: nothing where steps are taken in afterwards."""
+        return None if self.dynamic else self.bias
+
+    @property
     def weight(self) -> Tensor:
         """The weights that the codes stand for, float32."""
         return self.codes.float() * self.weight_scale.reshape(-1, *[1] * (self.codes.ndim - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, in the dtype of ``x``."""
+        if self.dynamic:
+            return self._dynamic(x)
         if self.backend == "onednn":
             return self._fast(x if x.dtype == torch.uint8 else self.bytes_of(x), x.dtype)
         low, high = self.bounds
         q = (x.float() / self.input_scale).round_().add_(self.input_zero).clamp_(low, high)
         return self._reference(q).to(x.dtype)
 
+    def _dynamic(self, x: Tensor) -> Tensor:
+        if self.convolution is not None and x.ndim != self.codes.ndim:
+            raise LossplugError(f"an input of shape {tuple(x.shape)} has no batch", remedy="Add the axis: x[None]")
+        wide = x.float()
+        step = dynamic_step(wide, self.bounds[1].bit_length() + 1, -1 if self.convolution is None else 1)
+        wide = wide / step
+        y = self._fast(self._bytes(wide), torch.float32) if self.backend == "onednn" else self._reference(wide.round())
+        y = y.mul_(step) if not torch.is_grad_enabled() else y * step
+        if self.bias is not None:
+            y = y + self.bias.reshape(-1, *[1] * (self.codes.ndim - 2))
+        return y.to(x.dtype)
+
     def bytes_of(self, x: Tensor) -> Tensor:
         """Returns the input's codes as unsigned bytes."""
         low, high = (end + self.shift for end in self.bounds)
         value = x.float() / self.input_scale
-        if not _quantize_works() or torch.compiler.is_compiling():
-            return value.round_().add_(self.input_byte).clamp_(low, high).to(torch.uint8)
-        if (low, high) != (0, 255):
+        if not self._converts() or (low, high) != (0, 255):
             value.clamp_(low - self.input_byte, high - self.input_byte)
-        return _quantize(value, self.input_byte)
+        return self._bytes(value)
+
+    def _converts(self) -> bool:
+        return _quantize_works() and not torch.compiler.is_compiling()
+
+    def _bytes(self, value: Tensor) -> Tensor:
+        if self._converts():
+            return _quantize(value, self.input_byte)
+        return value.round().add_(self.input_byte).to(torch.uint8)
 
     def _reference(self, q: Tensor) -> Tensor:
-        w, centred = self.codes.float(), q - self.input_zero
+        w, centred, bias = self.codes.float(), q - self.input_zero, self._inner_bias
         scale = self.weight_scale * self.input_scale
         if self.convolution is None:
             y = F.linear(centred, w) * scale
-            return y if self.bias is None else y + self.bias
+            return y if bias is None else y + bias
         product = {2: F.conv1d, 3: F.conv2d}[self.codes.ndim - 1](centred, w, **self.convolution)
         shape = (-1, *[1] * (self.codes.ndim - 2))
         y = product * scale.reshape(shape)
-        return y if self.bias is None else y + self.bias.reshape(shape)
+        return y if bias is None else y + bias.reshape(shape)
 
     def _fast(self, q: Tensor, dtype: torch.dtype, plain: bool = False) -> Tensor:
         ops, out = torch.ops.onednn, Emission() if plain else self.emission
-        step, zero = float(self.input_scale), self.input_byte
+        step, zero, bias = float(self.input_scale), self.input_byte, self._inner_bias
         wanted = dtype if dtype in (torch.float32, torch.bfloat16) else self.float_dtype
         if out.scale is not None:
             wanted = torch.uint8
@@ -134,13 +165,13 @@ class IntegerLayer(nn.Module):
             packed = self._packed.get(None)
             if packed is None:
                 packed = self._packed[None] = ops.qlinear_prepack(self.codes, list(flat.shape))
-            y = ops.qlinear_pointwise(flat, step, zero, packed, self.weight_scale, self._zeros, self.bias, *after)
+            y = ops.qlinear_pointwise(flat, step, zero, packed, self.weight_scale, self._zeros, bias, *after)
             y = y.reshape(*q.shape[:-1], -1)
         else:
             sizes = (c["stride"], c["padding"], c["dilation"], c["groups"])
             q = q.contiguous(memory_format=torch.channels_last)
             y = ops.qconv_pointwise(
-                q, step, zero, self._pack_for(q), self.weight_scale, self._zeros, self.bias, *sizes, *after
+                q, step, zero, self._pack_for(q), self.weight_scale, self._zeros, bias, *sizes, *after
             )
         return y.to(dtype) if wanted not in (dtype, torch.uint8) and dtype != torch.uint8 else y
 
@@ -220,7 +251,8 @@ class IntegerLayer(nn.Module):
         out = self.emission
         fused = f", {out.act}" if out.act != "none" else ""
         fused += ", bytes out" if out.scale is not None else ""
-        return f"{tuple(self.codes.shape)}, input {self.bounds}, backend={self.backend}{fused}"
+        steps = " with steps of its own" if self.dynamic else ""
+        return f"{tuple(self.codes.shape)}, input {self.bounds}{steps}, backend={self.backend}{fused}"
 
 
 def _quantize(value: Tensor, zero: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE
+from lightning_lossplug.sparsity.native import changed as changed_bits
 from lightning_lossplug.sparsity.native import keep, native, room_for, scale
 from lightning_lossplug.sparsity.sharding import is_sharded, shard_like
 
@@ -102,6 +103,8 @@ def factors(bits: Tensor, like: Tensor, kept: float, pruned: float | Tensor) -> 
 
 def changed(before: Tensor, after: Tensor) -> int:
     """Returns how many entries two masks of one shape disagree on, from their bits (waits for the device)."""
+    if (library := native(before, after)) is not None:
+        return changed_bits(library, before, after)
     x = before ^ after
     x = x - ((x >> 1) & 0x55)
     x = (x & 0x33) + ((x >> 2) & 0x33)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 enum { BYTES = 64 };
 #elif defined(__AVX2__)
 enum { BYTES = 32 };
@@ -124,6 +125,62 @@ static T extreme_along(const T *source, int64_t entries, int64_t m, bool largest
     return highest;
 }
 
+template <class T, int V>
+static int64_t at_least(const typename Lanes<T>::vec *keys, T threshold) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        int64_t count = 0;
+        for (int v = 0; v < V; v++)
+            count += __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)keys[v], _mm512_set1_epi32(threshold)));
+        return count;
+    }
+#endif
+    typename Lanes<T>::vec found = {0};
+    for (int v = 0; v < V; v++) found -= keys[v] >= threshold;
+    T count = 0;
+    for (int l = 0; l < Lanes<T>::COUNT; l++) count += found[l];
+    return count;
+}
+
+// Groups of V vectors: the n-th largest is looked for between the smallest and the largest, by halving.
+template <class T, int V>
+static T halving_along(const T *source, int64_t entries, int64_t n, uint8_t *flags) {
+    enum { COUNT = Lanes<T>::COUNT, M = V * COUNT };
+    typedef typename Lanes<T>::vec vec;
+    const T magnitude = (T)~((T)1 << (8 * sizeof(T) - 1));
+    T highest = 0;
+    for (int64_t start = 0; start < entries; start += M) {
+        vec keys[V], least, most;
+        for (int v = 0; v < V; v++) {
+            keys[v] = *(const typename Lanes<T>::loose *)(source + start + v * COUNT) & magnitude;
+            least = v == 0 ? keys[v] : least < keys[v] ? least : keys[v];
+            most = v == 0 ? keys[v] : most > keys[v] ? most : keys[v];
+        }
+        T low = least[0], high = most[0];
+        for (int l = 1; l < COUNT; l++) {
+            low = least[l] < low ? least[l] : low;
+            high = most[l] > high ? most[l] : high;
+        }
+        highest = high > highest ? high : highest;
+        int64_t count = M;
+        while (low < high && count != n) {
+            const T middle = (T)(low + (high - low) / 2 + 1);
+            const int64_t found = at_least<T, V>(keys, middle);
+            if (found >= n) low = middle, count = found;
+            else high = (T)(middle - 1);
+        }
+        for (int v = 0; v < V; v++)
+            *(typename Lanes<T>::loose_flags *)(flags + start + v * COUNT) =
+                __builtin_convertvector(keys[v] >= low, typename Lanes<T>::flags) & 1;
+        for (int64_t i = M - 1; count > n; i--)  // of equal ones the last go
+            if ((source[start + i] & magnitude) == low) {
+                flags[start + i] = 0;
+                count--;
+            }
+    }
+    return highest;
+}
+
 // One group per lane: finds the largest (sign 1) or, of the smallest, the last (sign -1).
 template <class T, class vec>
 static void by_extreme(const vec *keys, vec *kept, int64_t m, bool largest) {
@@ -220,6 +277,12 @@ static T unit_mask(const T *source, const Shape &s, typename Lanes<T>::vec *keys
         case 8: return along<T, 8>(source, entries, (T)s.n, flags);
         case 16: return along<T, 16>(source, entries, (T)s.n, flags);
         }
+    if (whole && s.m % Lanes<T>::COUNT == 0) switch (s.m / Lanes<T>::COUNT) {
+        case 1: return halving_along<T, 1>(source, entries, s.n, flags);
+        case 2: return halving_along<T, 2>(source, entries, s.n, flags);
+        case 4: return halving_along<T, 4>(source, entries, s.n, flags);
+        case 8: return halving_along<T, 8>(source, entries, s.n, flags);
+        }
     return across<T>(source, s, keys, kept, flags);
 }
 
@@ -308,6 +371,19 @@ static void pull(void *grad, const void *weight, const uint8_t *bits, int64_t ro
 }
 
 extern "C" {
+
+// How many bits differ.
+int64_t lossplug_changed(const uint8_t *before, const uint8_t *after, int64_t bytes) {
+    int64_t count = 0, whole = bytes / 8;
+    for (int64_t i = 0; i < whole; i++) {
+        uint64_t a, b;
+        std::memcpy(&a, before + 8 * i, 8);
+        std::memcpy(&b, after + 8 * i, 8);
+        count += __builtin_popcountll(a ^ b);
+    }
+    for (int64_t i = 8 * whole; i < bytes; i++) count += __builtin_popcount(before[i] ^ after[i]);
+    return count;
+}
 
 // dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64. Returns 0 if every entry could be ordered.
 int64_t lossplug_nm_mask(const void *source, int64_t dtype, int64_t rows, int64_t length, int64_t units, int64_t groups,

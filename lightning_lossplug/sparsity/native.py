@@ -26,6 +26,7 @@ _EACH = 1 << 16  # entries that are worth a thread
 _INTEGER, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _ARGUMENTS = {
     "lossplug_nm_mask": [_POINTER, *[_INTEGER] * 8, _POINTER, _INTEGER, _INTEGER],
+    "lossplug_changed": [_POINTER, _POINTER, _INTEGER],
     "lossplug_keep": [*[_POINTER] * 3, *[_INTEGER] * 4],
     "lossplug_scale": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _FLOAT, _INTEGER],
     "lossplug_pull": [*[_POINTER] * 3, *[_INTEGER] * 3, _FLOAT, _INTEGER],
@@ -73,7 +74,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, _INTEGER if name == "lossplug_nm_mask" else None
+        function.argtypes = arguments
+        function.restype = _INTEGER if name in ("lossplug_changed", "lossplug_nm_mask") else None
     return library
 
 
@@ -111,6 +113,11 @@ def make_mask(library: ctypes.CDLL, source: Tensor, n: int, m: int, axis: int, p
         _threads(source),
     )  # fmt: skip
     return out, not unordered
+
+
+def changed(library: ctypes.CDLL, before: Tensor, after: Tensor) -> int:
+    """Returns how many bits of two tensors of one shape differ."""
+    return int(library.lossplug_changed(*_pointers(before, after), before.numel()))
 
 
 def keep(library: ctypes.CDLL, values: Tensor, bits: Tensor, out: Tensor) -> Tensor:

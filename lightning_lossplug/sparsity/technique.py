@@ -298,7 +298,9 @@ class NMTechnique(Technique[NMSettings]):
             self._position = (state.phase, state.decay)
             transform.set_decay(state.decay)
             layer.recipe.tune(transform, progress.step, total)
-            transform.gathering = bool(self.signals) and not (layer.recipe.frozen_mask and layer.pattern is not None)
+            gathering = bool(self.signals) and not (layer.recipe.frozen_mask and layer.pattern is not None)
+            if gathering != transform.gathering:  # a module's attributes are slow to set
+                transform.gathering = gathering
             if state.phase == "dense":
                 continue
             pattern = (state.n, state.m)

@@ -40,8 +40,8 @@ class NMTransform(Watched):
         self.grad_mode, self.axis, self.output_axis = grad_mode, axis, output_axis
         self.shape = weight.shape
         self.register_buffer("bits", pack_rows(torch.ones_like(weight, dtype=torch.bool)))
-        self.register_buffer("decay", torch.ones((), dtype=torch.float32, device=weight.device))
         self.mode = "dense"  # a Python mirror of decay, so that reading a weight never waits for a device
+        self.register_buffer("decay", torch.ones((), dtype=torch.float32, device=weight.device))
 
     @property
     def mask(self) -> Tensor:
@@ -55,7 +55,9 @@ class NMTransform(Watched):
     def set_decay(self, decay: float) -> None:
         """Sets the factor of the pruned weights: 1 is dense, 0 is a hard mask."""
         self.decay.fill_(decay)
-        self.mode = "dense" if decay == 1 else "hard" if decay == 0 else "decayed"
+        mode = "dense" if decay == 1 else "hard" if decay == 0 else "decayed"
+        if mode != self.mode:  # a module's attributes are slow to set
+            self.mode = mode
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the effective weight."""

@@ -3,9 +3,10 @@
 Fits beside each other (``bench_step.py``) have memory of their own, whose luck differs by several per cent on a small
 machine, as their second plain fit shows. Here weights, gradients, moments and data are the same ones for both, so that
 a ratio says what the technique does: forward and backward pass with masked weights, pull, optimizer, clock, a new mask.
-A round is a plain step, a masked one of every recipe, and another plain one (``plain again``), in an order drawn anew.
+Each masked step has a plain one right beside it, before or after as the draw goes; ``plain again`` is a plain step in
+its place.
 
-Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_masked_step.py --models smollm2-6 --batch 8 --rounds 15
+Run: OMP_NUM_THREADS=2 python tests/benchmarks/bench_masked_step.py --models smollm2-6 --batch 8 --rounds 30
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "smollm2-6"])
     parser.add_argument("--batch", type=int, default=8, help="images, or sequences of 128 tokens")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     arguments = parser.parse_args()
     quiet()
@@ -66,18 +67,19 @@ def main():
                 technique.detach(module)
             return seconds
 
-        names = ["plain", "plain again", *arguments.recipes]
-        for name in names:
+        names = ["plain again", *arguments.recipes]
+        for name in ("plain", *names):
             step(name)
         found = {name: [] for name in names}
         for _ in range(arguments.rounds):
             for name in random.sample(names, len(names)):
-                found[name].append(step(name))
-        for name in names:
-            wall, cpu = ([a[k] / b[k] for a, b in zip(found[name], found["plain"], strict=True)] for k in (0, 1))
+                pair = {beside: step(beside) for beside in random.sample(("plain", name), 2)}
+                found[name].append((pair["plain"], pair[name]))
+        for name, pairs in found.items():
+            wall, cpu = ([masked[k] / plain[k] for plain, masked in pairs] for k in (0, 1))
             low, high = interval(wall)
             print(
-                f"{model:22} {name:24} {statistics.median(s[0] for s in found[name]):7.3f} s  wall "
+                f"{model:22} {name:24} {statistics.median(masked[0] for _, masked in pairs):7.3f} s  wall "
                 f"x{statistics.median(wall):.3f} [{low:.3f}, {high:.3f}]  cpu x{statistics.median(cpu):.3f}",
                 flush=True,
             )

@@ -36,6 +36,7 @@ CASES = {
     "w4 channels": (4, None, {}, "pack-quantized"),
     "w2": (2, None, {"granularity": "tensor", "weight": "lsq"}, "pack-quantized"),
     "w8a8": (8, 8, {}, "int-quantized"),
+    "dynamic": (8, 8, {"activation": "dynamic"}, "int-quantized"),
     "mixed": (8, 8, {"include": {"*.mlp.*": "w4a8", "*.self_attn.*": "w8a8"}}, "mixed-precision"),
 }
 
@@ -66,7 +67,9 @@ def test_the_folder_holds_the_trained_weights(case, tmp_path):
     for name, layer in fold(model).named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             assert torch.equal(unpacked(tensors, name), layer.weight)
-            assert (f"{name}.input_scale" in tensors) == (bits_a is not None)
+            assert (f"{name}.input_scale" in tensors) == (bits_a is not None and case != "dynamic")
+    inputs = config["config_groups"]["group_0"]["input_activations"]
+    assert (inputs or {}).get("dynamic", False) == (case == "dynamic")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -76,6 +76,8 @@ MODELS = {
     "observer": (Plain, [QAT(8, 8, weight="fake_quant", weight_options={"symmetric": True}, activation="fake_quant")]),
     "offset": (Convolutions, [QAT(4, 8, activation="lsq_plus")]),
     "pact": (Plain, [QAT(4, 4, activation="pact", activation_options={"alpha_init": None})]),
+    "dynamic": (Convolutions, [QAT(8, 8, activation="dynamic")]),
+    "dynamic 4 bits": (Plain, [QAT(4, 4, activation="dynamic")]),
     "sparse": (Plain, [QAT(8, 8), NMSparsity(2, 4)]),
 }
 
@@ -145,6 +147,16 @@ def test_packed_files_hold_the_trained_model(bits_w, bits, tmp_path):
     plain = load_packed(Plain(), tmp_path / "a.safetensors", integers=False)
     for key, value in fold(module).state_dict().items():
         torch.testing.assert_close(plain.state_dict()[key], value)
+
+
+def test_packed_files_keep_dynamic_inputs(tmp_path):
+    module = trained(Convolutions(), QAT(8, 8, activation="dynamic"))
+    save_packed(module, tmp_path / "a.safetensors")
+    loaded = load_packed(Convolutions(), tmp_path / "a.safetensors")
+    assert [m.dynamic for m in loaded.modules() if isinstance(m, IntegerLayer)] == [True] * 3
+    x = next(iter(data()))[0]
+    for factor in (1.0, 1000.0):  # the steps follow what arrives
+        assert_close(loaded.net(factor * x).detach(), module.net(factor * x).detach())
 
 
 @pytest.mark.parametrize(("n", "m", "bits_w"), [(2, 4, 8), (1, 8, 8), (2, 4, 4), (2, 4, 3)])

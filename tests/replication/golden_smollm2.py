@@ -63,7 +63,7 @@ def added(names, run):
         "loss": lambda: SwapLoss("poly_loss", {"epsilon": 1.0}),
         "sparsity": lambda: NMSparsity(2, 4, "nm_srste", score="wanda", **feed_forward),
         "held": lambda: NMSparsity(2, 4, "nm_oneshot", **feed_forward),  # the zeros that are there, kept
-        "quantization": lambda: QAT(8, 8),
+        "quantization": lambda: QAT(8, 8, activation="dynamic"),
         "distillation": lambda: OnlineDistillation(
             load_causal_lm(run["model"]), "bdkd", {"reduction": "tokenmean"}, lr_scale=0.1
         ),

@@ -59,6 +59,19 @@ def test_masks_equal_those_of_pytorch(data):
     assert torch.equal(unpack_rows(bits, weight.shape), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [(16, 32), (9, 32), (33, 64), (70, 128), (5, 256), (255, 256)])
+def test_large_groups_along_rows(pattern, dtype):
+    n, m = pattern
+    torch.manual_seed(0)
+    for weight in (torch.randn(7, 3 * m), torch.randn(7, 3 * m).round(), torch.ones(2, m), torch.zeros(2, m)):
+        weight = weight.to(dtype)
+        expected = torch.empty(weight.shape, dtype=torch.bool)
+        fill_mask(weight.view(-1, m, 1), n, expected.view(-1, m, 1))
+        assert torch.equal(nm_mask(weight, n, m), expected)
+        assert torch.equal(unpack_rows(nm_mask(weight, n, m, packed=True), weight.shape), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_what_becomes_of_a_weight_equals_pytorch(data):
