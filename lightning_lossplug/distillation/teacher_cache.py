@@ -261,7 +261,7 @@ class CachedTeacher(nn.Module):
             )
         if not manifest.get("complete"):
             raise LossplugError(
-                f"is not complete ({manifest['samples']} samples)",
+                f"is not complete ({manifest.get('samples', 0)} samples)",
                 where=str(folder),
                 remedy="Run lossplug cache-teacher again: it goes on where it was stopped",
             )

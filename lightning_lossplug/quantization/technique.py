@@ -54,8 +54,8 @@ class QATSettings:
         bits_w: Bits of the weights: 1, 1.58 or 2 to 8; None leaves them as they are.
         bits_a: Bits of each layer's input, 2 to 8; None leaves it as it is.
         weight: Registry name of the weights' quantiser; None: ``paretoq`` up to 2 bits, ``lsq`` above.
-        activation: Registry name of the inputs' quantiser: ``lsq`` learns one step per layer, ``dynamic`` measures one per
-            token, which language models need.
+        activation: Registry name of the inputs' quantiser: ``lsq`` learns one step per layer, ``dynamic`` measures one
+            per token, which language models need.
         granularity: ``tensor``, ``channel`` or ``group``: what shares a scale of the weights.
         group_size: Weights per group, for ``group``.
         include: Glob patterns of layer paths; None: every product but embeddings and depthwise convolutions. A mapping

@@ -22,7 +22,7 @@ from lightning_lossplug.distillation import (
     create,
     top_logits,
 )
-from lightning_lossplug.distillation.cache_files import MANIFEST
+from lightning_lossplug.distillation.cache_files import MANIFEST, read_manifest, write_manifest
 from lightning_lossplug.integrations import CausalLM, WithSampleIds
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -253,6 +253,11 @@ def test_mistakes_are_one_line(tmp_path):
         with pytest.raises(LossplugError, match=message) as error:
             make()
         assert "\n" not in str(error.value)
+    manifest = read_manifest(tmp_path / "c")
+    del manifest["samples"]
+    write_manifest(tmp_path / "c", manifest | {"complete": False})
+    with pytest.raises(LossplugError, match=r"is not complete \(0 samples\)"):
+        CachedTeacher(tmp_path / "c")
     (tmp_path / "c" / MANIFEST).write_text("{")
     with pytest.raises(LossplugError, match="is no JSON"):
         CachedTeacher(tmp_path / "c")

@@ -27,6 +27,7 @@ MX = {"weight": "mx", "weight_options": {"elem": "fp4_e2m1"}, **FLOAT}
 RUNS = {
     "as it comes": None,
     "W8A8 nearest": {"method": "rtn", "bits_w": 8, "bits_a": 8},
+    "W8A8 nearest, a step per token": {"method": "rtn", "bits_w": 8, "bits_a": 8, "activation": "dynamic"},
     "W4 nearest, rows": {"method": "rtn", "bits_w": 4},
     "W4 GPTQ, rows": {"method": "gptq", "bits_w": 4},
     "W4 AdaRound, rows": {"method": "adaround", "bits_w": 4},

@@ -22,6 +22,7 @@ import number_text
 import probability
 import pytest
 import qat_bits
+import qat_smollm2
 import runner
 import scoring
 import torch
@@ -231,6 +232,19 @@ def test_perplexity_rows_are_sparse_and_equal_in_steps(tmp_path, output):
     assert 200 < start < 300
     assert max(trained) < start
     assert "| MdGf-Linear | 4 steps |" in output.with_suffix(".md").read_text()
+
+
+def test_quantised_rows_start_above_the_dense_model_and_learn(tmp_path, output):
+    size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **size)).save_pretrained(tmp_path / "llama")
+    own = ["--model", str(tmp_path / "llama"), "--tokenizer", "bytes", "--steps", "4", "--block", "64", "--lr", "1e-2"]
+    qat_smollm2.main([*own, "--output", str(output), "--seeds", "0", "--test-blocks", "4", "--device", "cpu"])
+    results = {name: r["result"] for name, r in zip(qat_smollm2.ROWS, records(output), strict=True)}
+    assert all(r["perplexity"] < r["start"] for r in results.values())
+    assert len({r["start"] for r in results.values()}) == len(results)
+    assert abs(results["W8A8, a step per token"]["start"] / results["dense"]["start"] - 1) < 1e-3
+    assert "| W4, MXFP4 |" in output.with_suffix(".md").read_text()
 
 
 def test_perplexity_is_that_of_the_mean_loss():
