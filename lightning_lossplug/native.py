@@ -12,7 +12,24 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Tells whether C++ functions can work on these tensors: plain contiguous ones on a CPU.
+
+    Not under anything that watches operators go by (``torch.compile``, tracing, fake tensors, ``torch.func``), which
+    would not see them.
+    """
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 @cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.quantization.dynamic import dynamic_step
+from lightning_lossplug.quantization.rows import to_bytes, to_values
 
 Backend = Literal["auto", "onednn", "reference"]
 PACKS = 4  # shapes of a convolution's input whose packed weights are kept
@@ -116,30 +116,24 @@ class IntegerLayer(nn.Module):
     def _dynamic(self, x: Tensor) -> Tensor:
         if self.convolution is not None and x.ndim != self.codes.ndim:
             raise LossplugError(f"an input of shape {tuple(x.shape)} has no batch", remedy="Add the axis: x[None]")
-        wide = x.float()
-        step = dynamic_step(wide, self.bounds[1].bit_length() + 1, -1 if self.convolution is None else 1)
-        wide = wide / step
-        y = self._fast(self._bytes(wide), torch.float32) if self.backend == "onednn" else self._reference(wide.round())
-        y = y.mul_(step) if not torch.is_grad_enabled() else y * step
-        if self.bias is not None:
-            y = y + self.bias.reshape(-1, *[1] * (self.codes.ndim - 2))
-        return y.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1]) if self.convolution is None else x.flatten(1)
+        q, steps = to_bytes(rows.detach(), self.bounds[1])
+        q = q.reshape(x.shape)
+        y = self._fast(q, torch.float32) if self.backend == "onednn" else self._reference(q.float() - self.shift)
+        if self.convolution is None:
+            return to_values(y.reshape(len(rows), -1), steps, self.bias, x.dtype).reshape(*x.shape[:-1], -1)
+        y = y * steps.reshape(-1, *[1] * (x.ndim - 1))
+        return (y if self.bias is None else y + self.bias.reshape(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
     def bytes_of(self, x: Tensor) -> Tensor:
         """Returns the input's codes as unsigned bytes."""
         low, high = (end + self.shift for end in self.bounds)
         value = x.float() / self.input_scale
-        if not self._converts() or (low, high) != (0, 255):
+        if not _quantize_works() or torch.compiler.is_compiling():
+            return value.round_().add_(self.input_byte).clamp_(low, high).to(torch.uint8)
+        if (low, high) != (0, 255):
             value.clamp_(low - self.input_byte, high - self.input_byte)
-        return self._bytes(value)
-
-    def _converts(self) -> bool:
-        return _quantize_works() and not torch.compiler.is_compiling()
-
-    def _bytes(self, value: Tensor) -> Tensor:
-        if self._converts():
-            return _quantize(value, self.input_byte)
-        return value.round().add_(self.input_byte).to(torch.uint8)
+        return _quantize(value, self.input_byte)
 
     def _reference(self, q: Tensor) -> Tensor:
         w, centred, bias = self.codes.float(), q - self.input_zero, self._inner_bias

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_lossplug.native import load
+from lightning_lossplug.native import load, takes
 
 SOURCE = Path(__file__).with_name("masks.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -81,14 +81,7 @@ def _library() -> ctypes.CDLL | None:
 
 def native(*tensors: Tensor) -> ctypes.CDLL | None:
     """Returns the functions if they can work on these tensors, or None."""
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-        return None
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
-        return None
-    return _library()
+    return _library() if takes(*tensors) else None
 
 
 def make_mask(library: ctypes.CDLL, source: Tensor, n: int, m: int, axis: int, packed: bool) -> tuple[Tensor, bool]:

@@ -55,8 +55,13 @@ def language_variants(batch, length=128):
     QATTechnique(QATSettings(8, 8)).attach(quantised)
     quantised.train()(tokens[:1], logits_to_keep=1)
     integers, _ = integer_model(quantised.eval())
+    per_token = copy.deepcopy(model)
+    QATTechnique(QATSettings(8, 8, activation="dynamic")).attach(per_token)
+    per_token, _ = integer_model(per_token)
     found = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16(), "W8A8": integers}
     found["W8A8, rest bfloat16"] = copy.deepcopy(integers).bfloat16()
+    found["W8A8, steps per token"] = per_token
+    found["the same, rest bfloat16"] = copy.deepcopy(per_token).bfloat16()
     return {name: (lambda x, m=m: m(x, logits_to_keep=1), tokens) for name, m in found.items()}, quantised
 
 

@@ -17,6 +17,11 @@ from lightning_lossplug.quantization import (
     dynamic_step,
     integer_model,
 )
+from lightning_lossplug.quantization.rows import _library, to_bytes, to_values
+
+
+def test_rows_are_made_in_cpp_here():
+    assert _library() is not None, "no C++ compiler: the tests of this file compare nothing"
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,6 +39,29 @@ def test_it_equals_its_closed_form(bits, axis, seed):
     assert ((y - x).abs() <= step / 2 * (1 + 1e-12)).all()
     (gradient,) = torch.autograd.grad(y, leaf, x)
     assert torch.equal(gradient, x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 70), bits=st.integers(2, 8), seed=st.integers(0, 99))
+def test_rows_in_cpp_equal_those_of_pytorch(rows, columns, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * torch.logspace(-30, 30, rows)[:, None]
+    x[0] = (x[0] * 1e30).round() / 2  # codes between which a value lies exactly, and zeros
+    top = 2 ** (bits - 1) - 1
+    for value in (x, x.bfloat16(), torch.zeros_like(x), -x.abs()):
+        q, steps = to_bytes(value, top)
+        want = dynamic_step(value.float(), bits)
+        assert torch.equal(steps, want)
+        assert torch.equal(q, ((value.float() / want).round() + top).to(torch.uint8))
+    y, bias = torch.randn(rows, columns, generator=generator), torch.randn(columns, generator=generator)
+    steps = torch.rand(rows, 1, generator=generator)
+    for added in (None, bias):
+        want = y.double() * steps + (0 if added is None else added.double())
+        for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+            got = to_values(y.clone(), steps, added, dtype)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), want, rtol=error, atol=1e-6)
+    assert to_values(torch.tensor([[float("nan")]]), torch.ones(1, 1), None, torch.bfloat16).isnan()
 
 
 def test_a_token_is_quantised_without_the_others():

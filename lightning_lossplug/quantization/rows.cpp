@@ -1,0 +1,82 @@
+// Rows of a layer's input to bytes with a step each, and what comes out of the product back to values: a pass each.
+
+#include <cstdint>
+#include <cstring>
+
+static float wide(float value) { return value; }
+
+static float wide(uint16_t half) {  // bfloat16
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+static void narrow(float value, float *to) { *to = value; }
+
+static void narrow(float value, uint16_t *to) {  // to nearest, ties to even; NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    *to = (uint16_t)(value == value ? rounded : bits >> 16 | 64);
+}
+
+template <class T>
+static void to_bytes(const T *x, int64_t rows, int64_t columns, float top, uint8_t *out, float *steps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const T *in = x + r * columns;
+        // Magnitudes as integers: their order is that of the numbers, and NaN is above all.
+        int32_t largest = 0;
+        for (int64_t c = 0; c < columns; c++) {
+            float value = wide(in[c]);
+            int32_t bits;
+            std::memcpy(&bits, &value, 4);
+            bits &= 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        float step;
+        std::memcpy(&step, &largest, 4);
+        step = step / top;
+        if (step == 0) step = 1;
+        steps[r] = step;
+        for (int64_t c = 0; c < columns; c++) {
+            // Added to 1.5 * 2^23, a small number is rounded to a whole one, ties to even, in the lowest bits.
+            float value = wide(in[c]) / step + 12582912.0f;
+            int32_t bits;
+            std::memcpy(&bits, &value, 4);
+            out[r * columns + c] = (uint8_t)(bits - 0x4b400000 + (int32_t)top);
+        }
+    }
+}
+
+template <class T>
+static void to_values(const float *y, const float *steps, const float *bias, int64_t rows, int64_t columns, T *out,
+                      int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const float step = steps[r], *in = y + r * columns;
+        T *to = out + r * columns;
+        if (bias)
+            for (int64_t c = 0; c < columns; c++) narrow(in[c] * step + bias[c], to + c);
+        else
+            for (int64_t c = 0; c < columns; c++) narrow(in[c] * step, to + c);
+    }
+}
+
+extern "C" {
+
+// x: float32 (size 4) or bfloat16 (2). Codes from -top to top travel as bytes from 0 to 2 top.
+void lossplug_to_bytes(const void *x, int64_t size, int64_t rows, int64_t columns, double top, uint8_t *out, float *steps,
+                       int64_t threads) {
+    if (size == 4) to_bytes((const float *)x, rows, columns, (float)top, out, steps, (int)threads);
+    else to_bytes((const uint16_t *)x, rows, columns, (float)top, out, steps, (int)threads);
+}
+
+// out = y * step of its row + bias, float32 (may be y) or bfloat16.
+void lossplug_to_values(const float *y, const float *steps, const float *bias, int64_t size, int64_t rows,
+                        int64_t columns, void *out, int64_t threads) {
+    if (size == 4) to_values(y, steps, bias, rows, columns, (float *)out, (int)threads);
+    else to_values(y, steps, bias, rows, columns, (uint16_t *)out, (int)threads);
+}
+}
