@@ -245,7 +245,8 @@ def main(argv=None):
     for row in arguments.rows:
         r = results[key(describe(row))]
         more = [a - b for a, b in zip(r["losses"], dense, strict=True)]
-        error = statistics.stdev(more) / math.sqrt(len(more)) if len(more) > 1 else math.nan
+        known = len(more) > 1 and all(map(math.isfinite, more))
+        error = statistics.stdev(more) / math.sqrt(len(more)) if known else math.nan
         ratio = math.exp(mean(more))
         cells = [row, f"{r['perplexity']:.3f}", f"x {ratio:.3f} +- {ratio * error:.3f}", "", "", ""]
         if "bytes" in r:
