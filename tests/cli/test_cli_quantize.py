@@ -7,6 +7,7 @@ import torch
 
 from lightning_lossplug.integrations.packed import load_packed
 from lightning_lossplug.integrations.pretrained import load_causal_lm
+from lightning_lossplug.quantization import IntegerLayer
 
 SMALL = ("--block-size", 32, "--tokens", 256)
 
@@ -30,6 +31,21 @@ def test_packed_file_holds_what_was_measured(cli, language_model, text, tmp_path
     assert json.loads((tmp_path / "q" / "quantization.json").read_text()) == found
 
 
+def test_inputs_per_token(cli, language_model, text, tmp_path):
+    code, out, err = cli(
+        "quantize", language_model, "--text", text, "--method", "rtn", "--bits", "w8a8", "--per-token",
+        "-o", tmp_path / "q", *SMALL, "--evaluate", 2,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "8 bits, 8 bits, a step per token" in " ".join(out.replace("│", " ").split())
+    net = load_packed(load_causal_lm(str(language_model)), tmp_path / "q" / "quantized.safetensors")
+    layers = [layer for layer in net.modules() if isinstance(layer, IntegerLayer)]
+    assert len(layers) == 21
+    assert all(layer.dynamic for layer in layers)
+    found = json.loads((tmp_path / "q" / "quantization.json").read_text())
+    assert abs(found["metrics"]["perplexity"] / found["float_metrics"]["perplexity"] - 1) < 0.02
+
+
 def test_dense_folder_loads_in_transformers(cli, language_model, text, tmp_path):
     import transformers
 
@@ -51,6 +67,7 @@ def test_dense_folder_loads_in_transformers(cli, language_model, text, tmp_path)
         (["--bits", "w9"], "bits is 9.0, allowed is 2 to 8"),
         (["--bits", "x4"], "'x4' says no bits"),
         (["--bits", "a8"], "'a8' says no bits of weights"),
+        (["--per-token"], "'w4' says no bits of inputs"),
         (["--method", "gptk"], "unknown post_training 'gptk'. Did you mean 'gptq'"),
         (["--method", "smoothquant"], "smoothquant rounds nothing"),
         (["--migrate", "gptq"], "gptq moves no outliers"),
