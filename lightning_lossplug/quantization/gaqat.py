@@ -82,6 +82,9 @@ class GradientAdaptiveSettings(QATSettings):
             check_range(where, "freeze_fraction", self.freeze_fraction, 0, 1)
 
 
+HISTORY = 512  # windows that are kept for the picture
+
+
 class GradientGate:
     """Counts sign flips of the task gradients of n scales and decides, once per window, which are frozen.
 
@@ -101,7 +104,9 @@ class GradientGate:
         self.disorder = torch.full((n,), float("nan"))  # of the last full window
         self.conflict = torch.zeros(())  # share of the last step's scales whose two halves disagree in sign
         self.fill = 0
-        self.history: list[tuple[int, list[float]]] = []  # step and mean disorder of every scale, window by window
+        # Step and mean disorder of every scale, of each window; of a long run, of every stride-th.
+        self.history: list[tuple[int, list[float]]] = []
+        self.windows, self.stride = 0, 1
 
     def to(self, device: torch.device) -> None:
         """Moves the counts."""
@@ -150,7 +155,7 @@ class GradientGate:
         self.disorder = self.flips.float() / (self.settings.disorder_window - 1)
         self.fill = 0
         self.flips.zero_()
-        self.history.append((step, list(self.by_scale().values())))
+        self._remember(step)
         if step < self.settings.start_step:
             return
         if self.settings.freeze_fraction is not None:
@@ -162,6 +167,13 @@ class GradientGate:
             frozen = self.disorder < self.settings.disorder_threshold
         self.frozen = frozen if self.settings.unfreeze else frozen | self.frozen
 
+    def _remember(self, step: int) -> None:
+        self.windows += 1
+        if self.windows % self.stride == 0:
+            self.history.append((step, list(self.by_scale().values())))
+        if len(self.history) > HISTORY:  # it is in every checkpoint
+            self.history, self.stride = self.history[1::2], 2 * self.stride
+
     def by_scale(self) -> dict[str, float]:
         """Returns the mean disorder of each scale in the last full window; empty before the first."""
         if not self.sizes or bool(self.disorder.isnan().any()):
@@ -172,7 +184,8 @@ class GradientGate:
     def state_dict(self) -> dict[str, Any]:
         """Counts and decisions, as tensors, with the names they belong to."""
         tensors = {name: getattr(self, name).cpu().clone() for name in ("flips", "last", "frozen", "disorder")}
-        return {"sizes": dict(self.sizes), "fill": self.fill, "history": list(self.history), **tensors}
+        past = {"history": list(self.history), "windows": self.windows, "stride": self.stride}
+        return {"sizes": dict(self.sizes), "fill": self.fill, **past, **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`.
@@ -188,6 +201,7 @@ class GradientGate:
                 remedy="Resume with the settings and model of the first run",
             )
         self.fill, self.history = state["fill"], list(state["history"])
+        self.windows, self.stride = state["windows"], state["stride"]
         for name in ("flips", "last", "frozen", "disorder"):
             setattr(self, name, state[name].clone())
 

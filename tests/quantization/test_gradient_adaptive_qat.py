@@ -20,6 +20,7 @@ from lightning_lossplug.quantization import (
     GradientGate,
     QATSettings,
     QATTechnique,
+    gaqat,
     gradient_disorder,
 )
 from lightning_lossplug.quantization.disorder_plot import draw_disorder
@@ -72,6 +73,20 @@ def run_gate(stream, **options):
     gate = GradientGate(GradientAdaptiveSettings(disorder_window=8, **options), {"a": stream.shape[1]})
     outputs = [gate.combine(task, torch.ones_like(task), step) for step, task in enumerate(stream)]
     return gate, outputs
+
+
+def test_a_long_run_is_remembered_in_few_windows(monkeypatch):
+    monkeypatch.setattr(gaqat, "HISTORY", 8)
+    stream = torch.randn(8 * 41, 1, generator=torch.Generator().manual_seed(0))
+    gate, _ = run_gate(stream)
+    steps = [step for step, _ in gate.history]
+    assert steps == list(range(64, 8 * 41 + 1, 64))  # every eighth window
+    half, _ = run_gate(stream[: 8 * 20])
+    twin = GradientGate(half.settings, half.sizes)
+    twin.load_state_dict(half.state_dict())
+    for step in range(8 * 20, 8 * 41):
+        twin.combine(stream[step], stream[step], step)
+    assert twin.history == gate.history
 
 
 def test_options_of_the_gate():
