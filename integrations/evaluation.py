@@ -16,6 +16,7 @@ from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.export.folder import MANIFEST, read_artifact_manifest
 from lightning_lossplug.integrations.network import find_network, rebuild_module
 from lightning_lossplug.metrics.counts import stored_bytes, zeros
+from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.registry import registry
 from lightning_lossplug.sparsity.technique import NMTechnique
 from lightning_lossplug.surgery.plug import fold
@@ -50,7 +51,7 @@ def load_subject(path: str | Path, model: str | None = None) -> Subject:
         model: Class of the LightningModule, where a checkpoint doesn't say.
 
     Raises:
-        LossplugError: There is nothing there that can be read, or a weights-only folder.
+        LossplugError: There is nothing there that can be read, a weights-only folder, or scales that have diverged.
     """
     kind, _, name = str(path).partition(":")
     if name and kind in ("checkpoint", "artifact"):
@@ -105,6 +106,9 @@ def _from_checkpoint(path: Path, model: str | None) -> Subject:
     module = rebuild_module(checkpoint, str(path), model)
     techniques = replug(module, checkpoint, path)
     module.eval()
+    for quantizer in module.modules():
+        if isinstance(quantizer, Quantizer) and quantizer.ready:
+            quantizer.check_ready()  # a diverged scale gives numbers, but none of a model
     note = ""
     try:
         folded = fold(module)

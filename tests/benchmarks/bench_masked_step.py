@@ -27,6 +27,7 @@ RECIPES = {
     "2:4 mdgf_exponential": (2, 4, "mdgf_exponential", PHASES),
     "1:16 mdgf_exponential": (1, 16, "mdgf_exponential", PHASES),
     "1:16 sdgf_stepwise": (1, 16, "sdgf_stepwise", PHASES),
+    "2:4 sdgf_stepwise": (2, 4, "sdgf_stepwise", PHASES),
     "2:4 sdgf_geometric": (2, 4, "sdgf_geometric", PHASES),
 }
 

@@ -68,3 +68,23 @@ def test_mistakes(quantised, checkpoint, tmp_path):
         assert "is no transformers model" in failed(quantised, "--format", format)
     assert "--masks and --onnx belong to dense weights" in failed(quantised, "--format", "packed", "--onnx")
     assert "no weight with integer codes" in failed(checkpoint, "--format", "packed")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("format", [None, "packed", "evaluate"])
+def test_scales_that_left_the_positive_numbers(quantised, tmp_path, value, format):
+    """The name of the layer and what to do, in one line, instead of a model without sense."""
+    content = torch.load(quantised, weights_only=True)
+    name = next(key for key in content["state_dict"] if key.endswith("qkv.weight_transforms.quantization.quantizer.s"))
+    content["state_dict"][name].flatten()[:1] = value
+    torch.save(content, tmp_path / "bad.ckpt")
+    if format == "evaluate":
+        done = command("evaluate", tmp_path / "bad.ckpt")
+    else:
+        done = command(
+            "export", tmp_path / "bad.ckpt", "--output", tmp_path / "a", *(["--format", format] if format else [])
+        )
+    assert done.code == 2, done
+    assert len(done.err.strip().splitlines()) == 1
+    assert "zero, negative or not finite" in done.err
+    assert not (tmp_path / "a").exists()

@@ -59,7 +59,12 @@ def vit(width):
     return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=10, **shape)
 
 
-MODELS = {"resnet": resnet, "vit": vit}
+def mobilenet(_):
+    """MobileNetV3-small at half of its width, whatever ``--width`` says: its names come in three sizes."""
+    return timm.create_model("mobilenetv3_small_050", in_chans=1, num_classes=10)
+
+
+MODELS = {"resnet": resnet, "vit": vit, "mobilenet": mobilenet}
 
 
 class Network(pl.LightningModule):
