@@ -10,6 +10,7 @@ from typing import Any
 from lightning_lossplug.quantization.adapt import adapt, gradient_diversity, push_down, push_up
 from lightning_lossplug.quantization.affine import Affine
 from lightning_lossplug.quantization.attention import AttentionQuant, binary_weights, explicit_attention
+from lightning_lossplug.quantization.attention_bytes import integer_attention
 from lightning_lossplug.quantization.base import Codes, Quantizer, paused
 from lightning_lossplug.quantization.binary import (
     TBT,
@@ -122,6 +123,7 @@ __all__ = [
     "gradient_diversity",
     "int4_model",
     "int4_weight",
+    "integer_attention",
     "integer_layer",
     "integer_model",
     "integer_range",

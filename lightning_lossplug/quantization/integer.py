@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.quantization.attention import AttentionQuant
+from lightning_lossplug.quantization.attention_bytes import integer_attention
 from lightning_lossplug.quantization.base import Codes, Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
 from lightning_lossplug.quantization.integer_fuse import fuse_layers
 from lightning_lossplug.quantization.integer_layer import Backend, IntegerLayer
 from lightning_lossplug.quantization.transform import QuantTransform
+from lightning_lossplug.surgery.attention import attending_layers, attention_of, replace_attention
 from lightning_lossplug.surgery.fold_norm import fold_batch_norm
 from lightning_lossplug.surgery.plug import INPUT, latent, plain_class, plugged_layers, transform_of
 
@@ -96,8 +99,9 @@ def integer_model(
 
     The copy is in eval mode and computes what the QAT model computes in eval mode: each layer up to float32 rounding
     (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
-    Layers without an integer form, and quantised attention, stay as they are, fake-quantised. ``made.bfloat16()`` runs
-    what is left of floating point in bfloat16; scales stay float32.
+    Attention that was quantised (``attention_bits``) multiplies bytes too, where the processor can
+    (:func:`integer_attention`). What has no integer form stays as it is, fake-quantised. ``made.bfloat16()`` runs what
+    is left of floating point in bfloat16; scales stay float32.
 
     Args:
         model: A module with plugged layers, on the CPU for the fast kernels.
@@ -106,7 +110,7 @@ def integer_model(
             the forward can be traced; see :func:`fold_batch_norm` and :func:`fuse_layers`.
 
     Returns:
-        The model, and ``{path: reason}`` for the layers that stay.
+        The model, and ``{path: reason}`` for the layers and attention modules that stay.
 
     Raises:
         LossplugError: No layer could be converted; scales that were never set or are not above 0.
@@ -126,6 +130,14 @@ def integer_model(
     for name, layer in made.items():
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, layer)
+    for name, attending in attending_layers(twin):
+        attention = attention_of(attending)
+        if isinstance(attention, AttentionQuant) and backend != "reference":
+            on_bytes = integer_attention(attention)
+            if isinstance(on_bytes, str):
+                left[f"{name} (attention)"] = on_bytes
+            else:
+                replace_attention(attending, on_bytes)
     twin.eval()
     if fuse:
         fuse_model(twin)

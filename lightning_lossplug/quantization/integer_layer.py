@@ -7,8 +7,6 @@ hence the test and the fallback, and hence this one module around them.
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -16,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.quantization.rows import to_bytes, to_values
+from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
+from lightning_lossplug.surgery.attention import unheard
 
 Backend = Literal["auto", "onednn", "reference"]
 PACKS = 4  # shapes of a convolution's input whose packed weights are kept
@@ -105,6 +104,10 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, in the dtype of ``x``."""
+        with unheard():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
             return self._dynamic(x)
         if self.backend == "onednn":
@@ -127,13 +130,8 @@ class IntegerLayer(nn.Module):
 
     def bytes_of(self, x: Tensor) -> Tensor:
         """Returns the input's codes as unsigned bytes."""
-        low, high = (end + self.shift for end in self.bounds)
-        value = x.float() / self.input_scale
-        if not _quantize_works() or torch.compiler.is_compiling():
-            return value.round_().add_(self.input_byte).clamp_(low, high).to(torch.uint8)
-        if (low, high) != (0, 255):
-            value.clamp_(low - self.input_byte, high - self.input_byte)
-        return _quantize(value, self.input_byte)
+        low, high = self.bounds
+        return with_step(x, self.input_scale, self.input_byte, (low + self.shift, high + self.shift))
 
     def _reference(self, q: Tensor) -> Tensor:
         w, centred, bias = self.codes.float(), q - self.input_zero, self._inner_bias
@@ -247,22 +245,3 @@ class IntegerLayer(nn.Module):
         fused += ", bytes out" if out.scale is not None else ""
         steps = " with steps of its own" if self.dynamic else ""
         return f"{tuple(self.codes.shape)}, input {self.bounds}{steps}, backend={self.backend}{fused}"
-
-
-def _quantize(value: Tensor, zero: int) -> Tensor:
-    # One pass from float32 to bytes. int_repr() would copy, so the storage is looked at as bytes.
-    q = torch.quantize_per_tensor(value, 1.0, zero, torch.quint8)
-    return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.size(), q.stride())  # type: ignore[call-overload]
-
-
-@cache
-def _quantize_works() -> bool:
-    # PyTorch announces that quantised tensors will go; then plain arithmetic takes over.
-    x = torch.tensor([-300.0, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 300.0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = _quantize(x, 3)
-        except (RuntimeError, AttributeError, TypeError):
-            return False
-    return bool(torch.equal(found, (x.round() + 3).clamp(0, 255).to(torch.uint8)))

@@ -1,4 +1,4 @@
-// Rows of a layer's input to bytes with a step each, and what comes out of the product back to values: a pass each.
+// A layer's input to bytes, with a step for all or for each row, and what comes out back to values: a pass each.
 
 #include <cstdint>
 #include <cstring>
@@ -51,6 +51,20 @@ static void to_bytes(const T *x, int64_t rows, int64_t columns, float top, uint8
 }
 
 template <class T>
+static void with_step(const T *x, int64_t count, float step, int32_t zero, float low, float high, uint8_t *out,
+                      int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) {
+        float value = wide(x[i]) / step;
+        value = value < low ? low : value;
+        value = (value > high ? high : value) + 12582912.0f;
+        int32_t bits;
+        std::memcpy(&bits, &value, 4);
+        out[i] = (uint8_t)(bits - 0x4b400000 + zero);
+    }
+}
+
+template <class T>
 static void to_values(const float *y, const float *steps, const float *bias, int64_t rows, int64_t columns, T *out,
                       int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -71,6 +85,14 @@ void lossplug_to_bytes(const void *x, int64_t size, int64_t rows, int64_t column
                        int64_t threads) {
     if (size == 4) to_bytes((const float *)x, rows, columns, (float)top, out, steps, (int)threads);
     else to_bytes((const uint16_t *)x, rows, columns, (float)top, out, steps, (int)threads);
+}
+
+// One step for all: bytes from low to high, of which `zero` stands for 0.
+void lossplug_with_step(const void *x, int64_t size, int64_t count, double step, int64_t zero, int64_t low, int64_t high,
+                        uint8_t *out, int64_t threads) {
+    const float least = (float)(low - zero), most = (float)(high - zero);
+    if (size == 4) with_step((const float *)x, count, (float)step, (int32_t)zero, least, most, out, (int)threads);
+    else with_step((const uint16_t *)x, count, (float)step, (int32_t)zero, least, most, out, (int)threads);
 }
 
 // out = y * step of its row + bias, float32 (may be y) or bfloat16.

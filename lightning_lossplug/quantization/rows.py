@@ -1,4 +1,4 @@
-"""Rows to bytes with a step each, and back: in C++ where tensors and machine allow it, else in PyTorch."""
+"""Inputs to bytes, with one step or one per row, and back: in C++ where it can be, else in PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def _library() -> ctypes.CDLL | None:
         return None
     library.lossplug_to_bytes.argtypes = [_POINTER, *[_INTEGER] * 3, _FLOAT, _POINTER, _POINTER, _INTEGER]
     library.lossplug_to_values.argtypes = [*[_POINTER] * 3, *[_INTEGER] * 3, _POINTER, _INTEGER]
-    library.lossplug_to_bytes.restype = library.lossplug_to_values.restype = None
+    library.lossplug_with_step.argtypes = [_POINTER, _INTEGER, _INTEGER, _FLOAT, *[_INTEGER] * 3, _POINTER, _INTEGER]
+    library.lossplug_with_step.restype = library.lossplug_to_bytes.restype = library.lossplug_to_values.restype = None
     return library
 
 
@@ -44,6 +45,24 @@ def to_bytes(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     x = x.float()
     steps = dynamic_step(x, top.bit_length() + 1)
     return (x / steps).round_().add_(top).to(torch.uint8), steps
+
+
+def with_step(x: Tensor, step: Tensor, zero: int, bounds: tuple[int, int]) -> Tensor:
+    """Returns ``round(x / step) + zero`` within bounds, ties to even, as uint8 of x's shape.
+
+    Args:
+        x: Any shape; float32 or bfloat16 are fastest.
+        step: One number, float32.
+        zero: Byte of the value 0.
+        bounds: Least and largest byte.
+    """
+    rows = x.movedim(1, -1) if x.ndim == 4 and not x.is_contiguous() else x  # channels last lie there in a row, too
+    if x.dtype in (torch.float32, torch.bfloat16) and takes(rows) and (library := _library()) is not None:
+        out = torch.empty_like(x, dtype=torch.uint8)
+        size = (x.element_size(), x.numel(), float(step), zero, *bounds, out.data_ptr(), _threads(x))
+        library.lossplug_with_step(x.data_ptr(), *size)
+        return out
+    return (x.float() / step).round_().add_(zero).clamp_(*bounds).to(torch.uint8)
 
 
 def to_values(y: Tensor, steps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

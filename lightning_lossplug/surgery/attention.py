@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -43,6 +45,18 @@ class _Listener(TorchFunctionMode):
         return call(*args, **(kwargs or {}))
 
 
+def unheard() -> AbstractContextManager[Any]:
+    """Returns a context whose functions an attending module around it does not listen to, for code without attention.
+
+    Listening costs microseconds at every call, which the integer layers of a small model would feel.
+    """
+    depth = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
+    if depth and isinstance(torch._C._get_function_stack_at(depth - 1), _Listener):
+        return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -105,6 +119,12 @@ def plug_attention(layer: nn.Module, transform: WeightTransform, *, where: str =
     stack: Any = layer._modules[transforms_name(ATTENTION)]
     stack[transform.stage] = transform if weight is None else transform.to(weight.device)
     layer.__class__ = _attending_class(type(layer))
+
+
+def replace_attention(layer: nn.Module, transform: WeightTransform) -> None:
+    """Lets another transform compute the attention of a module that has one."""
+    stack: Any = layer._modules[transforms_name(ATTENTION)]
+    stack[transform.stage] = transform
 
 
 def unplug_attention(layer: nn.Module) -> None:

@@ -23,7 +23,7 @@ import torch
 from lightning_lossplug.integrations.packed import save_packed
 from lightning_lossplug.integrations.pretrained import load_causal_lm, smollm2_path
 from lightning_lossplug.quantization import QATSettings, QATTechnique, int4_model, integer_model
-from lightning_lossplug.surgery import fold_batch_norm
+from lightning_lossplug.surgery import find_attention, fold_batch_norm
 
 
 def image_variants(name, batch):
@@ -45,6 +45,13 @@ def image_variants(name, batch):
     if any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()):
         found |= {"float32 folded": (folded, x), "bfloat16 folded": (half(folded), xb)}
     found |= {"W8A8": (integers, x), "W8A8, rest bfloat16": (copy.deepcopy(integers).bfloat16(), xb)}
+    if find_attention(model):
+        attending = copy.deepcopy(model)
+        QATTechnique(QATSettings(8, 8, attention_bits=8)).attach(attending)
+        attending.train()(x)
+        integers, _ = integer_model(attending.eval())
+        found["W8A8, attention too"] = integers, x
+        found["attention too, rest bfloat16"] = copy.deepcopy(integers).bfloat16(), xb
     return found, quantised
 
 

@@ -1,0 +1,278 @@
+// Attention on bytes: scores and weighted values as int8 products with int32 sums, the softmax between them in float32.
+//
+// Signed key and value codes are laid out so that 64 bytes hold four neighbours of the summed axis for sixteen
+// columns, which is what one VNNI instruction multiplies by four unsigned bytes of a row and adds up.
+
+#include <cstdint>
+
+struct Problem {
+    int64_t batch, heads, key_heads, rows, keys, width, value_width, size, causal, threads;
+    int64_t query_low, query_high, query_shift, key_low, key_high, value_low, value_high, top;
+    int64_t query_strides[3], key_strides[3], value_strides[3];  // of batch, head and token, in entries
+    double query_step, key_step, value_step, probability_step, scale;
+    const void *query, *key, *value;
+    uint8_t *query_codes;   // [batch, heads, rows, wide(width)], and TILE more rows to read past the end
+    int8_t *key_codes;      // [batch, key_heads, deep(width) / 4, wide(keys), 4]
+    int8_t *value_codes;    // [batch, key_heads, deep(keys) / 4, wide(value_width), 4]
+    int32_t *key_sums;      // [batch, key_heads, wide(keys)]: what the shift of the queries adds to a score
+    float *out;             // [batch, rows, heads, value_width]
+};
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+static const int64_t TILE = 6, BLOCK = 12, VECTORS = 4;  // rows of a product, rows of a task, vectors beside each other
+
+static int64_t deep(int64_t n) { return (n + 3) / 4 * 4; }
+static int64_t wide(int64_t n) { return (n + 15) / 16 * 16; }
+
+static __m512 sixteen(const float *from, __mmask16 part) { return _mm512_maskz_loadu_ps(part, from); }
+
+static __m512 sixteen(const uint16_t *from, __mmask16 part) {  // bfloat16
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+static __mmask16 first_of(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+// Codes of a row plus a shift, written in whole sixteens; returns the sum of the codes, or 0.
+template <bool SUM, class T>
+static int32_t to_codes(const T *from, int64_t count, double step, int64_t low, int64_t high, int64_t shift, int8_t *to) {
+    const __m512 by = _mm512_set1_ps((float)step), least = _mm512_set1_ps((float)low), most = _mm512_set1_ps((float)high);
+    const __m512i add = _mm512_set1_epi32((int32_t)shift);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < count; d += 16) {
+        const __mmask16 part = first_of(count - d);
+        const __m512 at = _mm512_div_ps(sixteen(from + d, part), by);
+        const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(at, least), most));  // ties to even
+        if (SUM) sum = _mm512_mask_add_epi32(sum, part, sum, codes);
+        _mm_storeu_si128((__m128i *)(to + d), _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(part, codes, add)));
+    }
+    return SUM ? _mm512_reduce_add_epi32(sum) : 0;
+}
+
+template <class T> static void pack_queries(const Problem &p, int64_t b, int64_t h) {
+    const T *from = (const T *)p.query + b * p.query_strides[0] + h * p.query_strides[1];
+    const int64_t apart = wide(p.width);
+    int8_t *to = (int8_t *)p.query_codes + (b * p.heads + h) * p.rows * apart;
+    for (int64_t l = 0; l < p.rows; l++, from += p.query_strides[2], to += apart)
+        to_codes<false>(from, p.width, p.query_step, p.query_low, p.query_high, p.query_shift, to);
+}
+
+template <class T> static void pack_keys(const Problem &p, int64_t b, int64_t h) {
+    const T *from = (const T *)p.key + b * p.key_strides[0] + h * p.key_strides[1];
+    const int64_t depth = deep(p.width), across = wide(p.keys);
+    int8_t *to = p.key_codes + (b * p.key_heads + h) * depth * across;
+    int32_t *sums = p.key_sums + (b * p.key_heads + h) * across;
+    std::vector<int8_t> row(wide(p.width));
+    for (int64_t s = 0; s < across; s++, from += p.key_strides[2]) {
+        if (s < p.keys)
+            sums[s] = (int32_t)p.query_shift *
+                      to_codes<true>(from, p.width, p.key_step, p.key_low, p.key_high, 0, row.data());
+        else
+            std::fill(row.begin(), row.end(), 0), sums[s] = 0;
+        for (int64_t d = 0; d < depth; d += 4) std::memcpy(to + (d * across + s * 4), &row[d], 4);
+    }
+}
+
+template <class T> static void pack_values(const Problem &p, int64_t b, int64_t h) {
+    const T *from = (const T *)p.value + b * p.value_strides[0] + h * p.value_strides[1];
+    const int64_t depth = deep(p.keys), across = wide(p.value_width);
+    int8_t *to = p.value_codes + (b * p.key_heads + h) * depth * across;
+    std::vector<int8_t> four(4 * across);
+    for (int64_t s = 0; s < depth; s += 4, to += 4 * across) {
+        for (int64_t k = 0; k < 4; k++, from += p.value_strides[2])
+            if (s + k < p.keys)
+                to_codes<false>(from, p.value_width, p.value_step, p.value_low, p.value_high, 0, &four[k * across]);
+            else
+                std::memset(&four[k * across], 0, across);
+        for (int64_t d = 0; d < across; d += 16) {
+            __m128i r[4];
+            for (int k = 0; k < 4; k++) r[k] = _mm_loadu_si128((const __m128i *)&four[k * across + d]);
+            const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpackhi_epi8(r[0], r[1]);
+            const __m128i c = _mm_unpacklo_epi8(r[2], r[3]), e = _mm_unpackhi_epi8(r[2], r[3]);
+            const __m128i out[4] = {_mm_unpacklo_epi16(a, c), _mm_unpackhi_epi16(a, c), _mm_unpacklo_epi16(b, e),
+                                    _mm_unpackhi_epi16(b, e)};
+            std::memcpy(to + d * 4, out, 64);
+        }
+    }
+}
+
+// TILE rows of bytes times COUNT vectors of columns; keeps int32 sums.
+template <int COUNT>
+static inline __attribute__((always_inline)) void product(const uint8_t *rows, int64_t apart, const int8_t *columns, int64_t across, int64_t depth,
+                    __m512i (&sums)[TILE][COUNT]) {
+    for (int r = 0; r < TILE; r++)
+        for (int c = 0; c < COUNT; c++) sums[r][c] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < depth; d += 4) {
+        __m512i right[COUNT];
+        for (int c = 0; c < COUNT; c++) right[c] = _mm512_loadu_si512(columns + d * across + c * 64);
+        for (int r = 0; r < TILE; r++) {
+            int32_t four;
+            std::memcpy(&four, rows + r * apart + d, 4);
+            const __m512i left = _mm512_set1_epi32(four);
+            for (int c = 0; c < COUNT; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], left, right[c]);
+        }
+    }
+}
+
+template <int COUNT>
+static void scores_of(const uint8_t *rows, int64_t apart, const int8_t *keys, const int32_t *shifts, int64_t across,
+                      int64_t depth, float factor, float *out) {
+    __m512i sums[TILE][COUNT];
+    product<COUNT>(rows, apart, keys, across, depth, sums);
+    const __m512 times = _mm512_set1_ps(factor);
+    for (int c = 0; c < COUNT; c++) {
+        const __m512i shift = _mm512_loadu_si512(shifts + c * 16);
+        for (int r = 0; r < TILE; r++) {
+            const __m512 score = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][c], shift));
+            _mm512_storeu_ps(out + r * across + c * 16, _mm512_mul_ps(score, times));
+        }
+    }
+}
+
+template <int COUNT>
+static void values_of(const uint8_t *rows, int64_t apart, const int8_t *values, int64_t depth, int64_t across,
+                      float factor, float *const *out, int64_t count, int64_t columns) {
+    __m512i sums[TILE][COUNT];
+    product<COUNT>(rows, apart, values, across, depth, sums);
+    const __m512 times = _mm512_set1_ps(factor);
+    for (int64_t r = 0; r < count; r++)
+        for (int c = 0; c < COUNT; c++) {
+            const __mmask16 part = first_of(columns - c * 16);
+            _mm512_mask_storeu_ps(out[r] + c * 16, part, _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), times));
+        }
+}
+
+// exp of numbers that are at most 0, to two units in the last place.
+static __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.0f / 5040);  // its series: |r| is at most 0.35
+    for (const float next : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(next));
+    return _mm512_scalef_ps(y, n);
+}
+
+// One row of scores to codes of probabilities; columns from `seen` on are 0.
+static void softmax(float *scores, int64_t seen, int64_t length, double step, int32_t top, uint8_t *out) {
+    const __m512 least = _mm512_set1_ps(-INFINITY);
+    __m512 most = least, sum = _mm512_setzero_ps();
+    const auto part = [&](int64_t s) { return first_of(seen - s); };
+    for (int64_t s = 0; s < seen; s += 16) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(least, part(s), scores + s));
+    const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t s = 0; s < seen; s += 16) {
+        const __m512 e = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + s), maximum));
+        _mm512_storeu_ps(scores + s, e);
+        sum = _mm512_mask_add_ps(sum, part(s), sum, e);
+    }
+    const __m512 times = _mm512_set1_ps((float)(1.0 / (step * (double)_mm512_reduce_add_ps(sum))));
+    const __m512i largest = _mm512_set1_epi32(top);
+    for (int64_t s = 0; s < length; s += 16) {
+        const __mmask16 here = s < seen ? part(s) : (__mmask16)0;
+        const __m512 share = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, scores + s), times);
+        const __m512i codes = _mm512_min_epi32(_mm512_cvtps_epi32(share), largest);
+        _mm_storeu_si128((__m128i *)(out + s), _mm512_cvtepi32_epi8(codes));
+    }
+}
+
+// Columns in parts of at most VECTORS sixteens, as even as can be: do_part(how many sixteens, first column).
+template <class F> static inline __attribute__((always_inline)) void in_parts(int64_t columns, F do_part) {
+    int64_t left = columns / 16, parts = (left + VECTORS - 1) / VECTORS, at = 0;
+    for (; parts > 0; parts--) {
+        const int64_t vectors = (left + parts - 1) / parts;
+        switch (vectors) {
+            case 1: do_part(std::integral_constant<int, 1>(), at); break;
+            case 2: do_part(std::integral_constant<int, 2>(), at); break;
+            case 3: do_part(std::integral_constant<int, 3>(), at); break;
+            default: do_part(std::integral_constant<int, 4>(), at);
+        }
+        left -= vectors;
+        at += vectors * 16;
+    }
+}
+
+static void attend(const Problem &p, int64_t b, int64_t h, int64_t first) {
+    const int64_t depth = deep(p.width), across = wide(p.keys), room = wide(p.value_width);
+    const int64_t kv = b * p.key_heads + h / (p.heads / p.key_heads), count = std::min(BLOCK, p.rows - first);
+    // A causal row sees the keys up to its own; the last row of the block sees the most.
+    const int64_t most = p.causal ? std::min(p.keys, first + count) : p.keys, length = wide(most);
+    const int8_t *keys = p.key_codes + kv * depth * across, *values = p.value_codes + kv * deep(p.keys) * room;
+    const int32_t *shifts = p.key_sums + kv * across;
+    const float factor = (float)(p.query_step * p.key_step * p.scale);
+    thread_local std::vector<uint8_t> bytes;
+    thread_local std::vector<float> scores;
+    bytes.resize(TILE * across);
+    scores.resize(TILE * across);
+    uint8_t *shares = bytes.data();
+    for (int64_t done = 0; done < count; done += TILE) {
+        const int64_t here = std::min(TILE, count - done);
+        // Where fewer rows are left than a tile has, it multiplies what lies behind them; nobody reads that.
+        const uint8_t *from = p.query_codes + ((b * p.heads + h) * p.rows + first + done) * wide(p.width);
+        in_parts(length, [&](auto vectors, int64_t s) {
+            scores_of<vectors>(from, wide(p.width), keys + s * 4, shifts + s, across, depth, factor, scores.data() + s);
+        });
+        float *out[TILE];
+        for (int64_t r = 0; r < here; r++) {
+            const int64_t row = first + done + r, seen = p.causal ? std::min(p.keys, row + 1) : p.keys;
+            softmax(scores.data() + r * across, seen, length, p.probability_step, (int32_t)p.top, shares + r * across);
+            out[r] = p.out + ((b * p.rows + row) * p.heads + h) * p.value_width;
+        }
+        const float step = (float)(p.probability_step * p.value_step);
+        in_parts(room, [&](auto vectors, int64_t d) {
+            float *to[TILE];
+            for (int64_t r = 0; r < here; r++) to[r] = out[r] + d;
+            values_of<vectors>(shares, across, values + d * 4, deep(most), room, step, to, here, p.value_width - d);
+        });
+    }
+}
+
+template <class T> static void run(const Problem &p) {
+    const int64_t blocks = (p.rows + BLOCK - 1) / BLOCK, groups = p.heads / p.key_heads;
+#pragma omp parallel num_threads((int)p.threads)
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t h = 0; h < p.heads; h++)
+                for (int operand = 0; operand < 3; operand++) {
+                    if (operand == 0) pack_queries<T>(p, b, h);
+                    else if (h % groups) continue;
+                    else if (operand == 1) pack_keys<T>(p, b, h / groups);
+                    else pack_values<T>(p, b, h / groups);
+                }
+#pragma omp for collapse(3) schedule(dynamic, 2)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t h = 0; h < p.heads; h++)
+                for (int64_t block = 0; block < blocks; block++) attend(p, b, h, block * BLOCK);
+    }
+}
+
+extern "C" {
+
+int64_t lossplug_attention_bytes() { return sizeof(Problem); }
+
+void lossplug_integer_attention(const Problem *p) {
+    if (p->size == 4) run<float>(*p);
+    else run<uint16_t>(*p);
+}
+}
+
+#else
+
+extern "C" {
+
+int64_t lossplug_attention_bytes() { return 0; }  // no such instruction here
+
+void lossplug_integer_attention(const Problem *) {}
+}
+
+#endif
