@@ -198,6 +198,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the schedules, or goes on."""
+        super().on_train_start(trainer, pl_module)
         if not self._restored and trainer.global_step == 0:
             self.step = 0
 

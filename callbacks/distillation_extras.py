@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lossplug.callbacks.sharded import keeps_all_on_every_rank
+from lightning_lossplug.callbacks.sharded import keeps_all_on_every_rank, shards_data_only
 from lightning_lossplug.distillation.networks import several_processes, share
 from lightning_lossplug.distillation.optimizer import AuxiliaryOptimizer
 from lightning_lossplug.errors import LossplugError
@@ -26,6 +26,8 @@ class ExtrasCallback(Callback):
     The state of a resumed run is kept until the networks exist: before ``on_fit_start`` there may be none.
     """
 
+    beside_shards: ClassVar[bool] = True  # False for what reads whole weights of the student
+
     def __init__(
         self,
         lr_scale: float = 1.0,
@@ -37,7 +39,7 @@ class ExtrasCallback(Callback):
         self.step = 0
         self.aux: AuxiliaryOptimizer | None = None
         self._saved: dict[str, Any] | None = None
-        self._restored = False
+        self._restored = self._prepared = self._late = False
         self._open = False  # gradients of an unfinished accumulation are held
         self._again = False  # a step is computed a second time
 
@@ -48,9 +50,12 @@ class ExtrasCallback(Callback):
     def forget_run(self) -> None:
         """Drops what an earlier fit left, except the networks."""
         self._restored, self._saved, self.aux, self._open = False, None, None, False
+        self._prepared = self._late = False
 
     def _refuse_sharding(self, trainer: Trainer) -> None:
-        if not keeps_all_on_every_rank(trainer.strategy):
+        strategy = trainer.strategy
+        # Whole extras on every process, their gradients averaged, are right beside a student in shards, too.
+        if not keeps_all_on_every_rank(strategy) and not (self.beside_shards and shards_data_only(strategy)):
             raise LossplugError(
                 f"a network that changes in training is not supported with {type(trainer.strategy).__name__}",
                 where=self.where,
@@ -66,14 +71,25 @@ class ExtrasCallback(Callback):
             self._load(extras, saved["extras"])
         share([*(p.data for p in extras.parameters()), *extras.buffers()])
         trained = [p for p in extras.parameters() if p.requires_grad]
-        if saved is not None and set(saved["extras"]) <= set(extras.state_dict()):
-            self._saved = None  # else a part of it is made, and restored, at the first step
-        if not trained:
-            return
-        self.aux = AuxiliaryOptimizer(trained, trainer.optimizers[0], self.optimizer, self.lr_scale, self.scheduler)
-        # Behind every callback's on_before_optimizer_step: a second pass there meets the networks of the first.
-        wrap_method(trainer.lightning_module, "configure_gradient_clipping", self, self._stepping(trainer))
+        if trained:
+            self.aux = AuxiliaryOptimizer(trained, trainer.optimizers[0], self.optimizer, self.lr_scale, self.scheduler)
+            # Behind every callback's on_before_optimizer_step: a second pass there meets the networks of the first.
+            wrap_method(trainer.lightning_module, "configure_gradient_clipping", self, self._stepping(trainer))
         if saved is not None:
+            self._resume(saved, extras)
+        self._prepared = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restores what FSDP2 has loaded only after ``on_fit_start``."""
+        if self._late and (saved := self._saved) is not None:
+            extras, self._late = self.extras(), False
+            self._load(extras, saved["extras"])
+            self._resume(saved, extras)
+
+    def _resume(self, saved: dict[str, Any], extras: nn.ModuleList) -> None:
+        if set(saved["extras"]) <= set(extras.state_dict()):
+            self._saved = None  # else a part of it is made, and restored, at the first step
+        if self.aux is not None:
             self.aux.load_state_dict(saved)
             if saved.get("gradients"):
                 self.aux.set_gradients(saved["gradients"][dist.get_rank() if several_processes() else 0])
@@ -157,6 +173,7 @@ class ExtrasCallback(Callback):
         """Keeps :meth:`state_dict` until the objects exist."""
         self.step, self._restored = state_dict["step"], True
         self._saved = state_dict if state_dict["extras"] else None
+        self._late = self._prepared
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the extras' gradients of an unfinished accumulation, of every process."""

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.sparsity.sharding import in_tensor_parallel, is_sharded
 from lightning_lossplug.sparsity.technique import NMSettings, NMTechnique
+from lightning_lossplug.surgery.shards import in_tensor_parallel, is_sharded
 
 
 class NMSparsity(TechniqueCallback[NMTechnique]):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from lightning_lossplug.callbacks.technique import TechniqueCallback
 from lightning_lossplug.errors import LossplugError
@@ -67,17 +68,25 @@ class ScaleCallback(TechniqueCallback[QATTechniqueT]):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hooks the optimizers; every trained scale has to be in one."""
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise LossplugError(
+                "the parameters are flattened by FSDPStrategy, scales among them",
+                where=type(self).__name__,
+                remedy="Use FSDP2 (ModelParallelStrategy), DDP or one device",
+            )
         super().on_fit_start(trainer, pl_module)
         held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         for name, scale in self.technique.named_scales().items():
-            if isinstance(scale, DTensor):
-                raise LossplugError("the scale is sharded", where=name, remedy="Use DDP or one device for QAT")
             if id(scale) not in held:
                 raise LossplugError(
                     "no optimizer holds the scale, so it would never learn",
                     where=name,
                     remedy="Build the optimizer in configure_optimizers, from the layer's weight or all parameters",
                 )
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keeps scales that the forward pass has set from its batch."""
+        self.technique.after_forward(pl_module)
 
     def _clean_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._clean_up(trainer, pl_module)
@@ -90,8 +99,8 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
     Works with sparsity in one run, in any order of the list: the mask comes before the quantiser. After the fit
     ``technique.fold(module)`` gives plain layers with quantised weights (and float inputs),
     :func:`lightning_lossplug.quantization.integer_model` an int8 model that quantises inputs too, and
-    :func:`lightning_lossplug.integrations.packed.save_packed` a file of packed codes. Sharded parameters (FSDP) are
-    refused.
+    :func:`lightning_lossplug.integrations.packed.save_packed` a file of packed codes. Under FSDP2
+    (``ModelParallelStrategy``) scales are sharded and averaged as weights are; FSDPStrategy is refused.
 
     Args:
         bits_w: Bits of the weights: 1, 1.58 or 2 to 8; null leaves them as they are.

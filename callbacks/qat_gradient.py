@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_lossplug.callbacks.exact_resume import random_state, set_random_state
 from lightning_lossplug.callbacks.qat import ScaleCallback
 from lightning_lossplug.callbacks.sam import SAM, beside, frozen_statistics
+from lightning_lossplug.callbacks.sharded import refuse_sharding
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.quantization.base import paused
 from lightning_lossplug.quantization.disorder_plot import draw_disorder
@@ -158,6 +158,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         if stage != "fit":
             return
         where = type(self).__name__
+        refuse_sharding(trainer, where)
         if self.picture is not None:
             require("matplotlib", "cli", "GradientAdaptiveQAT(picture=...)")
         if not pl_module.automatic_optimization:
@@ -195,8 +196,6 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         scales = {id(p): name for name, p in self.technique.named_scales().items()}
         if not any(id(p) in scales for p in params):
             return
-        if any(isinstance(p, DTensor) for p in params):
-            raise LossplugError("the parameters are sharded", where=type(self).__name__, remedy="Use DDP or one device")
         self._check_complete(trainer, len(steps))
         moved = params if self.technique.settings.perturb_scales else [p for p in params if id(p) not in scales]
         with torch.no_grad():

@@ -42,6 +42,7 @@ class SelfDistillation(Distillation):
     """
 
     _must_be_trained = False
+    beside_shards = False
 
     def __init__(
         self,

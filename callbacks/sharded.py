@@ -38,6 +38,11 @@ def keeps_all_on_every_rank(strategy: Strategy) -> bool:
     return isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(strategy, DeepSpeedStrategy)
 
 
+def shards_data_only(strategy: Strategy) -> bool:
+    """Tells whether the strategy is FSDP2 and nothing else: parameters are sharded, every process has its own data."""
+    return isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() == 1
+
+
 def refuse_deepspeed(trainer: Trainer, where: str) -> None:
     """Raises in setup, for a callback that reads or changes gradients, steps or what a checkpoint holds.
 

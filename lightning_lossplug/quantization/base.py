@@ -21,6 +21,7 @@ from lightning_lossplug.quantization.grid import (
     mean_over_ranks,
     upcast,
 )
+from lightning_lossplug.surgery.shards import full
 
 
 class Codes(NamedTuple):
@@ -79,6 +80,7 @@ class Quantizer(nn.Module, ABC):
         self.layout = Layout(per_channel, group_size, axis)
         self.role, self.init_batches = role, init_batches
         self.paused = False  # a second pass over the same batch must not move statistics
+        self.just_set: dict[str, Tensor] = {}  # by the last forward pass, where processes may share out the parameters
         for name, value in self.scales.items():
             self.register_parameter(name, nn.Parameter(torch.full((1,), value)))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
@@ -134,6 +136,8 @@ class Quantizer(nn.Module, ABC):
             self.mode = (seen + 1, self.mode[1])
             self.seen.fill_(self.mode[0])
             self.negative.fill_(self.mode[1])
+            if self.role == "activation" and torch.distributed.is_available() and torch.distributed.is_initialized():
+                self.just_set = {name: self.get_parameter(name).detach().clone() for name in self.scales}
         return self
 
     def due(self) -> bool:
@@ -182,7 +186,7 @@ class Quantizer(nn.Module, ABC):
                 "no training batch has set its scales yet", where=self.where, remedy="Train, or run a calibration batch"
             )
         for name in self.positive:
-            scale = self.get_parameter(name)
+            scale = full(self.get_parameter(name))
             bad = int((~((scale > EPS) & scale.isfinite())).sum())
             if bad:
                 raise LossplugError(

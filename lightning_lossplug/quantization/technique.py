@@ -20,6 +20,7 @@ from lightning_lossplug.quantization.bivit import BiViT
 from lightning_lossplug.quantization.grid import EPS, check_bits, check_choice, check_range
 from lightning_lossplug.quantization.lsq import LSQ
 from lightning_lossplug.quantization.self_compress import SelfCompress
+from lightning_lossplug.quantization.sharding import keep_new_scales, set_from_weight
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.registry import registry
 from lightning_lossplug.schedules import Progress
@@ -41,6 +42,7 @@ from lightning_lossplug.surgery.select import (
     matches,
     select,
 )
+from lightning_lossplug.surgery.shards import full
 from lightning_lossplug.technique import Technique
 
 ENDS = ("output layer", "first convolution")  # reasons of default_exclusions that first_last_bits overrides
@@ -416,6 +418,10 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
                     remedy="Use 1.58, 3 or more bits, or exclude the layer from one of the two",
                 )
 
+    def after_forward(self, model: nn.Module) -> None:
+        """Keeps scales that the forward pass has set, also where parameters are sharded; before the backward pass."""
+        keep_new_scales(model, (quantizer for _, quantizer in self.quantizers()))
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
         """Adds the gradients of the quantisers' own penalties; remembers scales that change by factors."""
@@ -457,12 +463,12 @@ class QATTechnique(Technique[SettingsT], Generic[SettingsT]):
         for layer in self.layers.values():
             if layer.weight is not None:
                 layer.weight.forget()
-                layer.weight.initialize(layer.latent)
+                set_from_weight(layer.weight, layer.latent)
 
     def logs(self) -> dict[str, float | Tensor]:
         """Health of the scales: the share that is clamped, and the smallest and largest one."""
         positive = [
-            quantizer.get_parameter(name).detach().flatten().float()
+            full(quantizer.get_parameter(name)).flatten().float()
             for _, quantizer in self.quantizers()
             for name in quantizer.positive
             if quantizer.ready

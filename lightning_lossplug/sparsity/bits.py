@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_lossplug.sparsity._select import INTEGER_OF_SIZE
 from lightning_lossplug.sparsity.native import changed as changed_bits
 from lightning_lossplug.sparsity.native import keep, native, room_for, scale
-from lightning_lossplug.sparsity.sharding import is_sharded, shard_like
+from lightning_lossplug.surgery.shards import is_sharded, shard_like
 
 _WORDS = sys.byteorder == "little"
 # A product with this moves the lowest bit of byte k of a word to bit 56 + k; no two terms meet.

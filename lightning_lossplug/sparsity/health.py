@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.sparsity.sharding import full
 from lightning_lossplug.sparsity.technique import NMTechnique
+from lightning_lossplug.surgery.shards import full
 
 SIGNALS = ("sparsity", "kept_mass", "flip_rate", "pruned_grad_energy", "pruned_grad_noise")
 

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.sparsity.bits import flat_bits, pack_rows
-from lightning_lossplug.sparsity.sharding import local
+from lightning_lossplug.surgery.shards import local
 
 # Entries per operation on a CPU: the five tensors of an update fit the cache, so that only its first pass waits for
 # memory.

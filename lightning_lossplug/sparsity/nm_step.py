@@ -17,7 +17,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.registry import register
 from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW, Together, pieces
 from lightning_lossplug.sparsity.recipes import PhasedRecipe
-from lightning_lossplug.sparsity.sharding import full, is_sharded
+from lightning_lossplug.surgery.shards import full, is_sharded
 
 STEP_PAPER = "STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition"
 

@@ -19,12 +19,12 @@ from lightning_lossplug.sparsity.calibration import calibrate
 from lightning_lossplug.sparsity.masked_adamw import MaskedAdamW
 from lightning_lossplug.sparsity.recipes import Recipe, StepState
 from lightning_lossplug.sparsity.scores import Score, find_score, score_path, score_signals
-from lightning_lossplug.sparsity.sharding import full, local
 from lightning_lossplug.sparsity.signals import merge_inputs
 from lightning_lossplug.sparsity.srste import srste_decay_, srste_penalty_
 from lightning_lossplug.sparsity.transform import NMTransform
 from lightning_lossplug.surgery.plug import latent, plain_class, plug, transform_of, unplug
 from lightning_lossplug.surgery.select import Candidate, Selection, matches, require_list, select
+from lightning_lossplug.surgery.shards import full, local
 from lightning_lossplug.technique import Technique
 
 # Settings of the technique; the others are options of the recipe.

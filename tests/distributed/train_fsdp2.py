@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_lossplug.callbacks import NMSparsity, SparsityHealth, read_health
-from lightning_lossplug.sparsity.sharding import full
 from lightning_lossplug.surgery import latent, plugged_layers
+from lightning_lossplug.surgery.shards import full
 
 STEPS, MIDDLE = 8, 4
 LAYERS = ["net.0", "net.2", "net.4"]

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_lossplug import LossplugError
 from lightning_lossplug.callbacks import NMSparsity
 from lightning_lossplug.sparsity import ASTAdamW, STEPAdamW
-from lightning_lossplug.sparsity.sharding import full
 from lightning_lossplug.surgery import latent, plugged_layers
+from lightning_lossplug.surgery.shards import full
 
 EPOCHS, MIDDLE = 4, 4  # two optimizer steps an epoch
 RECIPES = {

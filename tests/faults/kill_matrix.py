@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lightning_lossplug import LossplugError, callbacks
-from lightning_lossplug.sparsity.sharding import full
+from lightning_lossplug.surgery.shards import full
 
 RANKS = {"single": 1, "ddp": 2, "fsdp2": 2}
 BATCHES, EPOCHS, EVERY = 8, 2, 2  # per rank and epoch, epochs, batches between two checkpoints

@@ -35,13 +35,15 @@ QUICK = {  # what the default run takes; every callback with every strategy is i
     ],
 }
 REFUSED = {
-    **dict.fromkeys([("QAT", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2")], "the scale is sharded"),
     **dict.fromkeys(
-        [("OnlineDistillation", "fsdp2"), ("SelfDistillation", "fsdp2"), ("together", "fsdp2")],
+        [("SelfDistillation", "fsdp2")],
         "is not supported with Model",
     ),
     **dict.fromkeys([("CompressedGradients", "fsdp2"), ("LocalUpdates", "fsdp2")], "no communication hook for them"),
-    **dict.fromkeys([("SAM", "fsdp2"), ("KVChannelShrink", "fsdp2")], "parameters are sharded by ModelParallel"),
+    **dict.fromkeys(
+        [("SAM", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2"), ("KVChannelShrink", "fsdp2")],
+        "parameters are sharded by ModelParallel",
+    ),
 }
 
 

@@ -25,9 +25,9 @@ from lightning_lossplug.sparsity.bits import (
     shard_bits,
     unpack_rows,
 )
-from lightning_lossplug.sparsity.sharding import in_tensor_parallel
 from lightning_lossplug.sparsity.ste import packed_ste
 from lightning_lossplug.surgery import latent
+from lightning_lossplug.surgery.shards import in_tensor_parallel
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 shapes = st.sampled_from([(1, 1), (3, 8), (5, 12), (4, 3, 3, 3), (2, 4, 6), (7,), (0, 8), (6, 16)])

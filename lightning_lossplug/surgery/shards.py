@@ -1,4 +1,4 @@
-"""Masks next to sharded weights (FSDP2): the mask is kept whole, in bits, the weight as a DTensor."""
+"""Tensors next to sharded weights (FSDP2): masks are kept whole, in bits, weights and scales as DTensors."""
 
 from __future__ import annotations
 
