@@ -142,7 +142,12 @@ def test_a_vision_transformer_in_integers():
 @needs_vnni
 def test_a_causal_language_model_in_integers():
     torch.manual_seed(0)
-    model = train(AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa"), TOKENS, QAT(8, 8, attention_bits=8), lr=1e-3).model.eval()
+    model = train(
+        AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa"),
+        TOKENS,
+        QAT(8, 8, attention_bits=8),
+        lr=1e-3,
+    ).model.eval()
     made, _ = integer_model(model)
     found = attention_of(made.model.layers[0].self_attn)
     assert isinstance(found, source.IntegerAttention)
