@@ -19,17 +19,21 @@ FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-shared", "
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Tells whether C++ functions can work on these tensors: plain contiguous ones on a CPU.
-
-    Not under anything that watches operators go by (``torch.compile``, tracing, fake tensors, ``torch.func``), which
-    would not see them.
-    """
+    """Tells whether C++ functions can work on these tensors: plain contiguous ones on a CPU that nobody watches."""
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return False
+    return not watched(*tensors)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Tells whether something watches operators go by that would not see a function called around PyTorch.
+
+    That is ``torch.compile``, tracing, fake tensors or ``torch.func``.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-        return False
-    return not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+        return True
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 @cache
@@ -40,7 +44,7 @@ def load(source: Path) -> ctypes.CDLL | str:
     processor. Its threads are those of torch, whose OpenMP library is in the process already.
 
     Args:
-        source: A C++ file with functions of C linkage.
+        source: A C++ file with functions of C linkage; it may include the headers of its folder.
     """
     try:
         return ctypes.CDLL(str(_compiled(source)))
@@ -55,7 +59,8 @@ def _compiled(source: Path) -> Path:
         raise OSError("there is no C++ compiler")
     about = Path("/proc/cpuinfo")
     flags = next((line for line in about.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    key = "\n".join([source.read_text(), compiler, *FLAGS, platform.machine(), flags])
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*texts, compiler, *FLAGS, platform.machine(), flags])
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_lossplug"
     target = base / f"{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.is_file():

@@ -3,7 +3,7 @@
 // Signed key and value codes are laid out so that 64 bytes hold four neighbours of the summed axis for sixteen
 // columns, which is what one VNNI instruction multiplies by four unsigned bytes of a row and adds up.
 
-#include <cstdint>
+#include "vnni.h"
 
 struct Problem {
     int64_t batch, heads, key_heads, rows, keys, width, value_width, size, causal, threads;
@@ -18,29 +18,13 @@ struct Problem {
     float *out;             // [batch, rows, heads, value_width]
 };
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-
-#include <immintrin.h>
+#ifdef LOSSPLUG_VNNI
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
-static const int64_t TILE = 6, BLOCK = 12, VECTORS = 4;  // rows of a product, rows of a task, vectors beside each other
-
-static int64_t deep(int64_t n) { return (n + 3) / 4 * 4; }
-static int64_t wide(int64_t n) { return (n + 15) / 16 * 16; }
-
-static __m512 sixteen(const float *from, __mmask16 part) { return _mm512_maskz_loadu_ps(part, from); }
-
-static __m512 sixteen(const uint16_t *from, __mmask16 part) {  // bfloat16
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-}
-
-static __mmask16 first_of(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1u << count) - 1); }
+static const int64_t BLOCK = 12;  // rows of a task
 
 // Codes of a row plus a shift, written in whole sixteens; returns the sum of the codes, or 0.
 template <bool SUM, class T>
@@ -105,29 +89,11 @@ template <class T> static void pack_values(const Problem &p, int64_t b, int64_t 
     }
 }
 
-// TILE rows of bytes times COUNT vectors of columns; keeps int32 sums.
-template <int COUNT>
-static inline __attribute__((always_inline)) void product(const uint8_t *rows, int64_t apart, const int8_t *columns, int64_t across, int64_t depth,
-                    __m512i (&sums)[TILE][COUNT]) {
-    for (int r = 0; r < TILE; r++)
-        for (int c = 0; c < COUNT; c++) sums[r][c] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < depth; d += 4) {
-        __m512i right[COUNT];
-        for (int c = 0; c < COUNT; c++) right[c] = _mm512_loadu_si512(columns + d * across + c * 64);
-        for (int r = 0; r < TILE; r++) {
-            int32_t four;
-            std::memcpy(&four, rows + r * apart + d, 4);
-            const __m512i left = _mm512_set1_epi32(four);
-            for (int c = 0; c < COUNT; c++) sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], left, right[c]);
-        }
-    }
-}
-
 template <int COUNT>
 static void scores_of(const uint8_t *rows, int64_t apart, const int8_t *keys, const int32_t *shifts, int64_t across,
                       int64_t depth, float factor, float *out) {
     __m512i sums[TILE][COUNT];
-    product<COUNT>(rows, apart, keys, across, depth, sums);
+    product<COUNT>(rows, apart, keys, 4 * across, 64, depth, sums);
     const __m512 times = _mm512_set1_ps(factor);
     for (int c = 0; c < COUNT; c++) {
         const __m512i shift = _mm512_loadu_si512(shifts + c * 16);
@@ -142,25 +108,13 @@ template <int COUNT>
 static void values_of(const uint8_t *rows, int64_t apart, const int8_t *values, int64_t depth, int64_t across,
                       float factor, float *const *out, int64_t count, int64_t columns) {
     __m512i sums[TILE][COUNT];
-    product<COUNT>(rows, apart, values, across, depth, sums);
+    product<COUNT>(rows, apart, values, 4 * across, 64, depth, sums);
     const __m512 times = _mm512_set1_ps(factor);
     for (int64_t r = 0; r < count; r++)
         for (int c = 0; c < COUNT; c++) {
             const __mmask16 part = first_of(columns - c * 16);
             _mm512_mask_storeu_ps(out[r] + c * 16, part, _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), times));
         }
-}
-
-// exp of numbers that are at most 0, to two units in the last place.
-static __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.0f / 5040);  // its series: |r| is at most 0.35
-    for (const float next : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(next));
-    return _mm512_scalef_ps(y, n);
 }
 
 // One row of scores to codes of probabilities; columns from `seen` on are 0.
@@ -182,22 +136,6 @@ static void softmax(float *scores, int64_t seen, int64_t length, double step, in
         const __m512 share = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, scores + s), times);
         const __m512i codes = _mm512_min_epi32(_mm512_cvtps_epi32(share), largest);
         _mm_storeu_si128((__m128i *)(out + s), _mm512_cvtepi32_epi8(codes));
-    }
-}
-
-// Columns in parts of at most VECTORS sixteens, as even as can be: do_part(how many sixteens, first column).
-template <class F> static inline __attribute__((always_inline)) void in_parts(int64_t columns, F do_part) {
-    int64_t left = columns / 16, parts = (left + VECTORS - 1) / VECTORS, at = 0;
-    for (; parts > 0; parts--) {
-        const int64_t vectors = (left + parts - 1) / parts;
-        switch (vectors) {
-            case 1: do_part(std::integral_constant<int, 1>(), at); break;
-            case 2: do_part(std::integral_constant<int, 2>(), at); break;
-            case 3: do_part(std::integral_constant<int, 3>(), at); break;
-            default: do_part(std::integral_constant<int, 4>(), at);
-        }
-        left -= vectors;
-        at += vectors * 16;
     }
 }
 

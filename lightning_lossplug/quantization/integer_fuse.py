@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from lightning_lossplug.quantization.integer_layer import Emission, IntegerLayer
+from lightning_lossplug.quantization.integer_layer import IntegerLayer
+from lightning_lossplug.quantization.linear_bytes import Emission, emitted
 from lightning_lossplug.surgery.fold_norm import PASSES
 from lightning_lossplug.surgery.trace import Region, traced_regions
 
-# What oneDNN calls the activations it can compute behind a product.
+# What the kernels call the activations it can compute behind a product.
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Emission]] = {
     nn.ReLU: lambda act: Emission("relu"),
     nn.ReLU6: lambda act: Emission("hardtanh", (0.0, 6.0)),
@@ -55,7 +56,7 @@ def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
     if kind is not None:
         act, node = found, _skip(region, found)
     plain = Emission() if kind is None else kind(region.layer(act))
-    for emission in (_to_bytes(plain, _readers(region, node)), plain):
+    for emission in (_to_bytes(layer, plain, _readers(region, node)), plain):
         if emission is not None and emission != Emission() and _works(layer, emission):
             layer.emission = emission
             if act is not None:
@@ -79,19 +80,19 @@ def _readers(region: Region, node: fx.Node) -> list[IntegerLayer] | None:
 
 def _is_fast(layer: object) -> TypeGuard[IntegerLayer]:
     # Steps that are known only when an input is there can't be built into the product, nor into the one before.
-    return isinstance(layer, IntegerLayer) and layer.backend == "onednn" and not layer.dynamic
+    return isinstance(layer, IntegerLayer) and layer.backend != "reference" and not layer.dynamic
 
 
-def _to_bytes(plain: Emission, readers: list[IntegerLayer] | None) -> Emission | None:
+def _to_bytes(layer: IntegerLayer, plain: Emission, readers: list[IntegerLayer] | None) -> Emission | None:
     if readers is None:
         return None
     grids = Counter((float(m.input_scale), m.input_byte, m.bounds[0] + m.shift, m.bounds[1] + m.shift) for m in readers)
     if len(grids) != 1:
         return None
     scale, zero, low, high = next(iter(grids))
-    if (low, high) == (0, 255):
-        return plain._replace(scale=scale, zero=zero)
-    # The kernel saturates at a byte's ends only, but a ReLU can be cut where the codes end.
+    if (low, high) == (0, 255) or layer.backend == "native":
+        return plain._replace(scale=scale, zero=zero, bounds=(low, high))
+    # oneDNN saturates at a byte's ends only, but a ReLU can be cut where the codes end.
     if plain.act in ("relu", "hardtanh") and zero == low == 0:
         top = min([high * scale, *plain.arguments[1:]])
         return Emission("hardtanh", (0.0, top), "", scale, 0)
@@ -99,32 +100,15 @@ def _to_bytes(plain: Emission, readers: list[IntegerLayer] | None) -> Emission |
 
 
 def _works(layer: IntegerLayer, emission: Emission) -> bool:
-    low, high = layer.bounds
-    shape = (3, layer.codes.shape[1]) if layer.convolution is None else (2, *layer._input_shape())
-    q = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0))
-    data = (q + layer.shift).to(torch.uint8)
-    before = layer.emission
+    data = (layer.some_input() + layer.shift).to(torch.uint8)
     try:
-        plain = layer._fast(data, torch.float32, plain=True)
-        layer.emission = emission
-        got, want = layer._fast(data, torch.float32).float(), _activated(plain, emission)
+        plain = layer.on_bytes(data, layer.backend)
+        got = layer.on_bytes(data, layer.backend, emission).float()
     except RuntimeError:  # an activation that this processor's kernels don't know
         return False
     finally:
-        layer.emission = before
         layer._packed.clear()
+    want = emitted(plain, emission).float()
     if emission.scale is None:
         return bool((got - want).abs().max() <= 1e-5 * want.abs().max().clamp_min(1e-30))
-    want = (want / emission.scale).round().add(emission.zero).clamp(0, 255)
     return bool((got - want).abs().max() <= 1)
-
-
-def _activated(y: Tensor, emission: Emission) -> Tensor:
-    name = emission.act
-    if name == "none":
-        return y
-    if name == "hardtanh":
-        return y.clamp(*emission.arguments)
-    if name == "gelu":
-        return nn.functional.gelu(y, approximate=emission.algorithm)
-    return {"relu": nn.functional.relu, "hardswish": nn.functional.hardswish, "swish": nn.functional.silu}[name](y)

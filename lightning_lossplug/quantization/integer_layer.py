@@ -1,42 +1,28 @@
 """A linear layer or convolution on integers: int8 weight codes, a step for the input, products in int32.
 
-The product runs through PyTorch's oneDNN int8 operators where they exist and pass a test on the layer's own weights,
-else as the same integers in float32. Those operators are what Inductor emits; they are not a documented interface,
-hence the test and the fallback, and hence this one module around them.
+A linear layer runs through a function of our own where the processor has VNNI but no AMX instructions; it is faster
+there than oneDNN's, and takes values to bytes in the same pass. All else runs through PyTorch's oneDNN int8 operators
+where they exist, or as the same integers in float32. Those operators are what Inductor emits; they are not a documented
+interface. Hence whatever is chosen has to pass a test on the layer's own weights first.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
+from lightning_lossplug.native import watched
+from lightning_lossplug.quantization.linear_bytes import KINDS, Emission, LinearOnBytes, emitted, linear_on_bytes
 from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
 from lightning_lossplug.surgery.attention import unheard
 
-Backend = Literal["auto", "onednn", "reference"]
+Backend = Literal["auto", "native", "onednn", "reference"]
+PLAIN = Emission()
 PACKS = 4  # shapes of a convolution's input whose packed weights are kept
-
-
-class Emission(NamedTuple):
-    """What a layer's output becomes before it leaves: an activation, then the codes of the next layer.
-
-    Args:
-        act: Name of oneDNN's activation (``none``, ``relu``, ``hardtanh``, ``hardswish``, ``swish`` or ``gelu``).
-        arguments: Its numbers.
-        algorithm: Its variant (``tanh`` or ``none`` for ``gelu``).
-        scale: Step of the next layer's input; None leaves the output in floating point.
-        zero: Byte of the value 0 there.
-    """
-
-    act: str = "none"
-    arguments: tuple[float, ...] = ()
-    algorithm: str = ""
-    scale: float | None = None
-    zero: int = 0
 
 
 class IntegerLayer(nn.Module):
@@ -82,10 +68,11 @@ class IntegerLayer(nn.Module):
         # The kernels take unsigned bytes: a signed code c travels as c - bounds[0].
         self.shift = -bounds[0] if bounds[0] < 0 else 0
         self.backend = "reference"
-        self.emission = Emission()
+        self.emission = PLAIN
         self.float_dtype = torch.float32  # of the output when the input is bytes
         self._zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
         self._packed: dict[tuple[int, ...] | None, Tensor] = {}
+        self._native: LinearOnBytes | None = None
 
     @property
     def input_byte(self) -> int:
@@ -108,23 +95,39 @@ class IntegerLayer(nn.Module):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if watched(x):  # neither kernel is an operator that could be traced
+            return emitted(self._product(x, "reference", PLAIN), self.emission)
+        if self.backend == "native":
+            return self._alone(x.contiguous(), self.emission)
+        return self._product(x, self.backend, self.emission)
+
+    def _product(self, x: Tensor, kernel: str, emission: Emission) -> Tensor:
         if self.dynamic:
-            return self._dynamic(x)
-        if self.backend == "onednn":
-            return self._fast(x if x.dtype == torch.uint8 else self.bytes_of(x), x.dtype)
+            return self._dynamic(x, kernel)
+        if kernel == "onednn":
+            return self._fast(x if x.dtype == torch.uint8 else self.bytes_of(x), x.dtype, emission)
+        if x.dtype == torch.uint8:
+            return self._reference(x.float() - self.shift).to(self.float_dtype)
         low, high = self.bounds
         q = (x.float() / self.input_scale).round_().add_(self.input_zero).clamp_(low, high)
         return self._reference(q).to(x.dtype)
 
-    def _dynamic(self, x: Tensor) -> Tensor:
+    def _alone(self, x: Tensor, emission: Emission) -> Tensor:
+        assert self._native is not None
+        if x.dtype not in KINDS:
+            return self._native(x.float(), torch.float32, emission).to(x.dtype)
+        dtype = self.float_dtype if x.dtype == torch.uint8 else x.dtype
+        return self._native(x, dtype, emission)
+
+    def _dynamic(self, x: Tensor, kernel: str) -> Tensor:
         if self.convolution is not None and x.ndim != self.codes.ndim:
             raise LossplugError(f"an input of shape {tuple(x.shape)} has no batch", remedy="Add the axis: x[None]")
         rows = x.reshape(-1, x.shape[-1]) if self.convolution is None else x.flatten(1)
         q, steps = to_bytes(rows.detach(), self.bounds[1])
         q = q.reshape(x.shape)
-        y = self._fast(q, torch.float32) if self.backend == "onednn" else self._reference(q.float() - self.shift)
+        y = self._fast(q, torch.float32) if kernel == "onednn" else self._reference(q.float() - self.shift)
         if self.convolution is None:
-            return to_values(y.reshape(len(rows), -1), steps, self.bias, x.dtype).reshape(*x.shape[:-1], -1)
+            return to_values(y.reshape(-1, y.shape[-1]), steps, self.bias, x.dtype).reshape(*x.shape[:-1], -1)
         y = y * steps.reshape(-1, *[1] * (x.ndim - 1))
         return (y if self.bias is None else y + self.bias.reshape(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
@@ -144,8 +147,8 @@ class IntegerLayer(nn.Module):
         y = product * scale.reshape(shape)
         return y if bias is None else y + bias.reshape(shape)
 
-    def _fast(self, q: Tensor, dtype: torch.dtype, plain: bool = False) -> Tensor:
-        ops, out = torch.ops.onednn, Emission() if plain else self.emission
+    def _fast(self, q: Tensor, dtype: torch.dtype, out: Emission = PLAIN) -> Tensor:
+        ops = torch.ops.onednn
         step, zero, bias = float(self.input_scale), self.input_byte, self._inner_bias
         wanted = dtype if dtype in (torch.float32, torch.bfloat16) else self.float_dtype
         if out.scale is not None:
@@ -184,34 +187,62 @@ class IntegerLayer(nn.Module):
         return self._packed[key]
 
     def use(self, backend: Backend) -> bool:
-        """Chooses the kernel: ``onednn``, ``reference``, or ``auto`` (the first that passes the test).
+        """Chooses the kernel: ``native``, ``onednn``, ``reference``, or ``auto`` (the first that passes the test).
 
         Returns:
             Whether the choice could be made.
         """
         self.backend = "reference"
+        self._native = None
+        wanted = ("native", "onednn") if backend == "auto" else (backend,)
+        good = next((name for name in wanted if name != "reference" and self._agrees(name)), None)
         self._packed.clear()
-        if backend == "reference":
-            return True
-        if self.codes.device.type != "cpu" or (self.convolution is not None and self.codes.ndim != 4):
-            return backend == "auto"
-        try:
-            good = self._agrees()
-        except (RuntimeError, AttributeError, NotImplementedError):  # not built in, or not for this shape or processor
-            good = False
-        self._packed.clear()
-        if good:
-            self.backend = "onednn"
-        return good or backend == "auto"
+        if good != "native":
+            self._native = None
+        self.backend = good or "reference"
+        return good is not None or backend in ("auto", "reference")
 
-    def _agrees(self) -> bool:
+    def on_bytes(self, q: Tensor, kernel: str, emission: Emission = PLAIN) -> Tensor:
+        """Returns what one kernel makes of an input of bytes: float32, or bytes where the emission has a step.
+
+        Raises:
+            RuntimeError: It can't compute this.
+        """
+        if kernel == "onednn":
+            return self._fast(q, torch.float32, emission)
+        if self._native is None:
+            raise RuntimeError("there is no function of our own for this layer on this processor")
+        return self._native(q.contiguous(), torch.float32, emission)
+
+    def _agrees(self, name: str) -> bool:
+        if self.codes.device.type != "cpu" or (self.convolution is not None and self.codes.ndim != 4):
+            return False
         low, high = self.bounds
-        generator = torch.Generator().manual_seed(0)
-        shape = (3, self.codes.shape[1]) if self.convolution is None else (2, *self._input_shape())
-        q = torch.randint(low, high + 1, shape, generator=generator).float()
-        want = self._reference(q)
-        got = self._fast((q + self.shift).to(torch.uint8), torch.float32, plain=True)
+        q = self.some_input()
+        if name == "native" and self.convolution is None:
+            step = None if self.dynamic else float(self.input_scale)
+            bounds = (low + self.shift, high + self.shift)
+            self._native = linear_on_bytes(self.codes, self.weight_scale, self.bias, step, self.input_byte, bounds)
+        if name == "native" and self._native is None:
+            return False
+        try:
+            if self.dynamic and name == "native":
+                # Every row holds its largest code, so that its step is the one that was meant.
+                q[..., 0] = high
+                want = self._reference(q) * 0.25 + (0 if self.bias is None else self.bias)
+                got = self._alone(q * 0.25, PLAIN)
+            else:
+                want = self._reference(q)
+                got = self.on_bytes((q + self.shift).to(torch.uint8), name)
+        except (RuntimeError, AttributeError, NotImplementedError):  # not built in, or not for this shape or processor
+            return False
         return bool((want - got).abs().max() <= 1e-5 * (want.max() - want.min()).clamp_min(1e-30))
+
+    def some_input(self) -> Tensor:
+        """Returns a small batch of codes of an input, the same every time."""
+        shape = (3, self.codes.shape[1]) if self.convolution is None else (2, *self._input_shape())
+        low, high = self.bounds
+        return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).float()
 
     def _input_shape(self) -> tuple[int, ...]:
         assert self.convolution is not None
@@ -223,7 +254,7 @@ class IntegerLayer(nn.Module):
         """Takes a per-channel ``y * scale + shift`` behind the layer into its scales and bias; codes stay."""
         self.weight_scale.copy_(self.weight_scale * scale)
         self.bias = (shift if self.bias is None else self.bias * scale + shift).float()
-        self.use("auto" if self.backend == "onednn" else "reference")
+        self.use("auto" if self.backend != "reference" else "reference")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Scales stay float32 whatever the model is cast to, as the kernels want them.
@@ -235,8 +266,17 @@ class IntegerLayer(nn.Module):
             self._buffers[name] = old.to(self.codes.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.use("auto" if self.backend != "reference" else "reference")  # packed weights are those of the old codes
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}}  # packed weights are no tensors that could be copied
+        return self.__dict__ | {"_packed": {}, "_native": None}  # packed weights are no tensors that could be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.backend == "native":
+            self.use("auto")
 
     def extra_repr(self) -> str:
         """Shape, range of the input, kernel, what is fused."""

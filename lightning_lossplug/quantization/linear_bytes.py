@@ -1,0 +1,164 @@
+"""Linear layers on bytes in one function, for processors with VNNI instructions (AVX-512)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lossplug.native import load
+
+SOURCE = Path(__file__).with_name("linear_bytes.cpp")
+WIDEST = 1 << 16  # inputs whose products surely fit 32 bits
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_EACH = 1 << 19  # products that are worth a thread
+_ACTIVATIONS = {"none": 0, "relu": 1, "hardtanh": 1, "gelu": 2, "gelu tanh": 3, "swish": 4, "hardswish": 5}
+
+
+class Emission(NamedTuple):
+    """What a layer's output becomes before it leaves: an activation, then the codes of the next layer.
+
+    Args:
+        act: Name of oneDNN's activation (``none``, ``relu``, ``hardtanh``, ``hardswish``, ``swish`` or ``gelu``).
+        arguments: Its numbers.
+        algorithm: Its variant (``tanh`` or ``none`` for ``gelu``).
+        scale: Step of the next layer's input; None leaves the output in floating point.
+        zero: Byte of the value 0 there.
+        bounds: Least and largest byte there.
+    """
+
+    act: str = "none"
+    arguments: tuple[float, ...] = ()
+    algorithm: str = ""
+    scale: float | None = None
+    zero: int = 0
+    bounds: tuple[int, int] = (0, 255)
+
+
+def emitted(y: Tensor, emission: Emission) -> Tensor:
+    """Returns what becomes of an output, by PyTorch's operators."""
+    kind, pairs = emission.act, {"relu": F.relu, "hardswish": F.hardswish, "swish": F.silu}
+    if kind == "hardtanh":
+        y = y.clamp(*emission.arguments)
+    elif kind == "gelu":
+        y = F.gelu(y, approximate=emission.algorithm)
+    elif kind != "none":
+        y = pairs[kind](y)
+    if emission.scale is None:
+        return y
+    return (y.float() / emission.scale).round_().add_(emission.zero).clamp_(*emission.bounds).to(torch.uint8)
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "kind", "out_kind", "threads")),
+        *((name, ctypes.c_int64) for name in ("zero", "top", "activation", "out_zero")),
+        *((name, ctypes.c_double) for name in ("step", "low", "high", "least", "most")),
+        *((name, ctypes.c_double) for name in ("out_step", "out_low", "out_high")),
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "sums", "scales", "bias", "y")),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    library = load(SOURCE)
+    if isinstance(library, str):
+        return None
+    library.lossplug_linear_bytes.restype = ctypes.c_int64
+    if library.lossplug_linear_bytes() != ctypes.sizeof(_Linear):
+        return None
+    library.lossplug_integer_linear.restype = None
+    return library
+
+
+class LinearOnBytes:
+    """A linear layer whose rows become bytes, are multiplied, and leave as values or bytes, in one pass.
+
+    Args:
+        codes: Weight codes, int8 ``[C_out, C_in]``, at most ``2**16`` inputs.
+        weight_scale: Float32 ``[C_out]``.
+        bias: Float32 ``[C_out]`` or None.
+        step: Step of the input; None gives every row a step of its own.
+        zero: Byte of an input of 0.
+        bounds: Least and largest byte of the input.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        step: float | None,
+        zero: int,
+        bounds: tuple[int, int],
+    ) -> None:
+        outputs, inputs = codes.shape
+        across, depth = -outputs % 16, -inputs % 4
+        # Four neighbours of a row for sixteen columns lie together: 64 bytes, which one instruction multiplies.
+        whole = F.pad(codes, (0, depth, 0, across))
+        weights = whole.reshape(-1, 16, whole.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        sums = whole.sum(1, dtype=torch.int32) * zero
+        scales = F.pad(weight_scale.float(), (0, across))
+        added = torch.zeros_like(scales) if bias is None else F.pad(bias.float(), (0, across))
+        self.held = weights, sums, scales, added
+        self.outputs, self.inputs = outputs, inputs
+        low, high = (float(end - zero) for end in bounds)
+        # Rows with steps of their own reach from -top to top; the byte of 0 is top there.
+        self.fields: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "zero": zero, "low": low, "high": high}
+        self.fields |= {"step": step or 0.0, "top": 0 if step is not None else int(high)}
+        self.fields |= dict(zip(("weights", "sums", "scales", "bias"), (t.data_ptr() for t in self.held), strict=True))
+
+    def __call__(self, x: Tensor, dtype: torch.dtype, emission: Emission) -> Tensor:
+        """Returns the layer's output ``[..., C_out]``.
+
+        Args:
+            x: ``[..., C_in]``, contiguous; float32, bfloat16, or bytes.
+            dtype: Of the output, float32 or bfloat16; bytes where the emission has a step.
+            emission: What happens to the output.
+        """
+        library = _library()
+        assert library is not None
+        kind = torch.uint8 if emission.scale is not None else dtype
+        y = torch.empty(*x.shape[:-1], self.outputs, dtype=kind)
+        rows = x.numel() // self.inputs
+        least, most = emission.arguments if emission.act == "hardtanh" else (0.0, math.inf)
+        low, high = emission.bounds
+        problem = _Linear(
+            **self.fields,
+            rows=rows,
+            kind=KINDS[x.dtype],
+            out_kind=KINDS[kind],
+            threads=max(1, min(torch.get_num_threads(), rows * self.inputs * self.outputs // _EACH)),
+            activation=_ACTIVATIONS["gelu tanh" if emission.algorithm == "tanh" else emission.act],
+            least=least,
+            most=most,
+            out_step=emission.scale or 1.0,
+            out_zero=emission.zero,
+            out_low=low - emission.zero,
+            out_high=high - emission.zero,
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+        )
+        if rows:
+            library.lossplug_integer_linear(ctypes.byref(problem))
+        return y
+
+
+def linear_on_bytes(
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    step: float | None,
+    zero: int,
+    bounds: tuple[int, int],
+) -> LinearOnBytes | None:
+    """Returns the layer, or None where this processor or its compiler can't, or the layer is too wide."""
+    if _library() is None or codes.device.type != "cpu" or codes.shape[1] > WIDEST or codes.numel() == 0:
+        return None
+    return LinearOnBytes(codes, weight_scale, bias, step, zero, bounds)
