@@ -12,8 +12,10 @@ from lightning_lossplug.quantization.attention import AttentionQuant
 from lightning_lossplug.quantization.attention_bytes import integer_attention
 from lightning_lossplug.quantization.base import Codes, Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
+from lightning_lossplug.quantization.gated_layer import fuse_gates
 from lightning_lossplug.quantization.integer_fuse import fuse_layers
 from lightning_lossplug.quantization.integer_layer import Backend, IntegerLayer
+from lightning_lossplug.quantization.norm_rows import replace_norms
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.surgery.attention import attending_layers, attention_of, replace_attention
 from lightning_lossplug.surgery.fold_norm import fold_batch_norm
@@ -145,6 +147,12 @@ def integer_model(
 
 
 def fuse_model(model: nn.Module) -> None:
-    """Takes the batch norms and activations of a model with integer layers into them, in place."""
+    """Takes the batch norms and activations of a model with integer layers into them, in place.
+
+    Gated feed-forward modules become one (:func:`fuse_gates`), and layer norms and RMS norms functions of one pass
+    (:func:`replace_norms`), where a compiler is there.
+    """
     fold_batch_norm(model, inplace=True)
+    fuse_gates(model)
     fuse_layers(model)
+    replace_norms(model)

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import fx, nn
 
+from lightning_lossplug.quantization.emission import ACTIVATIONS, Emission, emitted
+from lightning_lossplug.quantization.gated_layer import GatedLayer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
-from lightning_lossplug.quantization.linear_bytes import Emission, emitted
 from lightning_lossplug.surgery.fold_norm import PASSES
 from lightning_lossplug.surgery.trace import Region, traced_regions
-
-# What the kernels call the activations it can compute behind a product.
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Emission]] = {
-    nn.ReLU: lambda act: Emission("relu"),
-    nn.ReLU6: lambda act: Emission("hardtanh", (0.0, 6.0)),
-    nn.Hardswish: lambda act: Emission("hardswish"),
-    nn.SiLU: lambda act: Emission("swish"),
-    nn.GELU: lambda act: Emission("gelu", (), act.approximate),
-}
 
 
 @torch.no_grad()
@@ -39,7 +30,7 @@ def fuse_layers(model: nn.Module) -> int:
         How many layers were fused.
     """
     fused = 0
-    for region in traced_regions(model, lambda m: isinstance(m, IntegerLayer)):
+    for region in traced_regions(model, lambda m: isinstance(m, (IntegerLayer, GatedLayer))):
         for node in region.graph.nodes:
             layer = region.layer(node)
             if _is_fast(layer) and layer.emission == Emission():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import watched
-from lightning_lossplug.quantization.linear_bytes import KINDS, Emission, LinearOnBytes, emitted, linear_on_bytes
+from lightning_lossplug.quantization.emission import Emission, emitted
+from lightning_lossplug.quantization.linear_bytes import KINDS, LinearOnBytes, linear_on_bytes
 from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
 from lightning_lossplug.surgery.attention import unheard
 
@@ -73,6 +74,18 @@ class IntegerLayer(nn.Module):
         self._zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
         self._packed: dict[tuple[int, ...] | None, Tensor] = {}
         self._native: LinearOnBytes | None = None
+
+    @property
+    def function(self) -> LinearOnBytes | None:
+        """The function of our own, if that is what computes this layer."""
+        return self._native if self.backend == "native" else None
+
+    @property
+    def taken_as(self) -> Emission:
+        """What the layer before has to emit so that this one takes it as it is; with one step for all inputs."""
+        low, high = self.bounds
+        bounds = (low + self.shift, high + self.shift)
+        return Emission(scale=float(self.input_scale), zero=self.input_byte, bounds=bounds)
 
     @property
     def input_byte(self) -> int:

@@ -7,23 +7,29 @@ enum Kind : int64_t { FLOAT32, BFLOAT16, BYTES };
 enum Activation : int64_t { NONE, CLAMP, GELU, GELU_TANH, SILU, HARDSWISH };
 
 struct Linear {
-    int64_t rows, inputs, outputs, in, out, threads;
-    int64_t zero, top;                          // byte of an input of 0; largest code of rows with steps of their own, or 0
+    int64_t inputs, outputs;
+    int64_t zero, top;                    // byte of an input of 0; largest code of rows with steps of their own, or 0
     int64_t activation, out_zero;
-    double step, low, high;                     // of the input; its least and largest code, counted from that of 0
-    double least, most;                         // of CLAMP
-    double out_step, out_low, out_high;         // of BYTES; least and largest code, counted from that of 0
-    const void *x;
-    const int8_t *weights;                      // [wide(outputs) / 16, deep(inputs) / 4, 16, 4]
-    const int32_t *sums;                        // [wide(outputs)]: what the byte of 0 adds to a sum
-    const float *scales, *bias;                 // [wide(outputs)]
-    void *y;
+    double step, low, high;               // of the input; its least and largest code, counted from that of 0
+    double least, most;                   // of CLAMP
+    double out_step, out_low, out_high;   // of BYTES; least and largest code, counted from that of 0
+    const int8_t *weights;                // [wide(outputs) / 16, deep(inputs) / 4, 16, 4]
+    const int32_t *sums;                  // [wide(outputs)]: what the byte of 0 adds to a sum
+    const float *scales, *bias;           // [wide(outputs)]
 };
 
 #if defined(LOSSPLUG_VNNI) && !defined(__AMX_INT8__)  // where there are tiles (AMX), oneDNN is faster
 
 #include <algorithm>
 #include <vector>
+
+struct Call {
+    const Linear &p;
+    int64_t rows, in, out;
+    const void *x;                        // [rows, inputs]
+    const float *times;                   // [rows, outputs], multiplies what the activation gives; or null
+    void *y;                              // [rows, outputs]
+};
 
 static const int64_t BLOCK = 16;  // tiles of rows that are turned into bytes at once: they stay in the second cache
 
@@ -54,8 +60,9 @@ static void to_bytes(const T *from, int64_t count, float step, float low, float 
     }
 }
 
-template <class T> static void bytes_of(const Linear &p, int64_t first, int64_t count, uint8_t *to, float *steps) {
-    const T *from = (const T *)p.x + first * p.inputs;
+template <class T> static void bytes_of(const Call &call, int64_t first, int64_t count, uint8_t *to, float *steps) {
+    const Linear &p = call.p;
+    const T *from = (const T *)call.x + first * p.inputs;
     for (int64_t r = 0; r < count; r++, from += p.inputs, to += wide(p.inputs)) {
         steps[r] = p.top ? step_of(from, p.inputs, p.top) : (float)p.step;
         to_bytes(from, p.inputs, steps[r], (float)p.low, (float)p.high, p.zero, to);
@@ -106,24 +113,27 @@ INLINED __m512 activated(const Linear &p, __m512 x) {
     }
 }
 
-INLINED void store(const Linear &p, int64_t at, __m512 y, __mmask16 part) {
-    if (p.out == FLOAT32) {
-        _mm512_mask_storeu_ps((float *)p.y + at, part, y);
-    } else if (p.out == BFLOAT16) {  // to nearest, ties to even; NaN stays one
+INLINED void store(const Call &call, int64_t at, __m512 y, __mmask16 part) {
+    const Linear &p = call.p;
+    if (call.times) y = _mm512_mul_ps(y, sixteen(call.times + at, part));
+    if (call.out == FLOAT32) {
+        _mm512_mask_storeu_ps((float *)call.y + at, part, y);
+    } else if (call.out == BFLOAT16) {  // to nearest, ties to even; NaN stays one
         const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
         __m512i half = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
         half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-        _mm256_mask_storeu_epi16((uint16_t *)p.y + at, part, _mm512_cvtepi32_epi16(half));
+        _mm256_mask_storeu_epi16((uint16_t *)call.y + at, part, _mm512_cvtepi32_epi16(half));
     } else {
         const __m512 code = clamped(_mm512_mul_ps(y, _mm512_set1_ps((float)(1 / p.out_step))), (float)p.out_low, (float)p.out_high);
         const __m512i byte = _mm512_add_epi32(_mm512_cvtps_epi32(code), _mm512_set1_epi32((int32_t)p.out_zero));
-        _mm_mask_storeu_epi8((uint8_t *)p.y + at, part, _mm512_cvtepi32_epi8(byte));
+        _mm_mask_storeu_epi8((uint8_t *)call.y + at, part, _mm512_cvtepi32_epi8(byte));
     }
 }
 
 template <int COUNT>
-static void tile_of(const Linear &p, const uint8_t *bytes, int64_t apart, const float *steps, int64_t row, int64_t rows, int64_t column) {
+static void tile_of(const Call &call, const uint8_t *bytes, int64_t apart, const float *steps, int64_t row, int64_t rows, int64_t column) {
     __m512i sums[TILE][COUNT];
+    const Linear &p = call.p;
     const int64_t depth = deep(p.inputs);
     product<COUNT>(bytes, apart, p.weights + column * depth, 64, 16 * depth, depth, sums);
     for (int c = 0; c < COUNT; c++, column += 16) {
@@ -134,30 +144,32 @@ static void tile_of(const Linear &p, const uint8_t *bytes, int64_t apart, const 
             if (r >= rows) break;
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][c], shift));
             const __m512 y = _mm512_fmadd_ps(_mm512_mul_ps(sum, scale), _mm512_set1_ps(steps[r]), bias);
-            store(p, (row + r) * p.outputs + column, activated(p, y), part);
+            store(call, (row + r) * p.outputs + column, activated(p, y), part);
         }
     }
 }
 
 // Rows [first, end) times the vectors of columns [left, right).
-static void part_of(const Linear &p, int64_t first, int64_t end, int64_t left, int64_t right) {
+static void part_of(const Call &call, int64_t first, int64_t end, int64_t left, int64_t right) {
+    const Linear &p = call.p;
     const int64_t apart = wide(p.inputs);
     thread_local std::vector<uint8_t> room;
     room.resize(BLOCK * TILE * apart);
     float steps[BLOCK * TILE];
     for (; first < end; first += BLOCK * TILE) {
         const int64_t count = std::min(BLOCK * TILE, end - first);
-        if (p.in == FLOAT32) bytes_of<float>(p, first, count, room.data(), steps);
-        else if (p.in == BFLOAT16) bytes_of<uint16_t>(p, first, count, room.data(), steps);
+        if (call.in == FLOAT32) bytes_of<float>(call, first, count, room.data(), steps);
+        else if (call.in == BFLOAT16) bytes_of<uint16_t>(call, first, count, room.data(), steps);
         else
             for (int64_t r = 0; r < count; r++) {
-                std::memcpy(room.data() + r * apart, (const uint8_t *)p.x + (first + r) * p.inputs, p.inputs);
+                std::memcpy(room.data() + r * apart, (const uint8_t *)call.x + (first + r) * p.inputs, p.inputs);
                 steps[r] = (float)p.step;
             }
         in_parts((right - left) * 16, [&](auto vectors, int64_t column) {
             // A last tile with fewer rows multiplies what lies behind them; nobody reads that.
             for (int64_t r = 0; r < count; r += TILE)
-                tile_of<vectors>(p, room.data() + r * apart, apart, steps + r, first + r, std::min(TILE, count - r), left * 16 + column);
+                tile_of<vectors>(call, room.data() + r * apart, apart, steps + r, first + r, std::min(TILE, count - r),
+                                 left * 16 + column);
         });
     }
 }
@@ -166,14 +178,17 @@ extern "C" {
 
 int64_t lossplug_linear_bytes() { return sizeof(Linear); }
 
-void lossplug_integer_linear(const Linear *p) {
-    const int64_t tiles = (p->rows + TILE - 1) / TILE, vectors = wide(p->outputs) / 16, n = p->threads;
+void lossplug_integer_linear(const Linear *p, int64_t rows, int64_t in, int64_t out, const void *x, const float *times,
+                             void *y, int64_t threads) {
+    const Call call = {*p, rows, in, out, x, times, y};
+    const int64_t tiles = (rows + TILE - 1) / TILE, vectors = wide(p->outputs) / 16;
     // Rows are split among threads; few rows are quantised by each, and columns are split.
-    const bool by_rows = tiles >= 4 * n;
-#pragma omp parallel for schedule(static, 1) num_threads((int)n)
-    for (int64_t t = 0; t < n; t++) {
-        if (by_rows) part_of(*p, tiles * t / n * TILE, std::min(p->rows, tiles * (t + 1) / n * TILE), 0, vectors);
-        else part_of(*p, 0, p->rows, vectors * t / n, vectors * (t + 1) / n);
+    const bool by_rows = tiles >= 4 * threads;
+#pragma omp parallel for schedule(static, 1) num_threads((int)threads)
+    for (int64_t t = 0; t < threads; t++) {
+        if (by_rows)
+            part_of(call, tiles * t / threads * TILE, std::min(rows, tiles * (t + 1) / threads * TILE), 0, vectors);
+        else part_of(call, 0, rows, vectors * t / threads, vectors * (t + 1) / threads);
     }
 }
 }
@@ -184,7 +199,7 @@ extern "C" {
 
 int64_t lossplug_linear_bytes() { return 0; }  // no such instruction here
 
-void lossplug_integer_linear(const Linear *) {}
+void lossplug_integer_linear(const Linear *, int64_t, int64_t, int64_t, const void *, const float *, void *, int64_t) {}
 }
 
 #endif

@@ -6,13 +6,14 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lossplug.native import load
+from lightning_lossplug.quantization.emission import Emission
 
 SOURCE = Path(__file__).with_name("linear_bytes.cpp")
 WIDEST = 1 << 16  # inputs whose products surely fit 32 bits
@@ -21,47 +22,12 @@ _EACH = 1 << 19  # products that are worth a thread
 _ACTIVATIONS = {"none": 0, "relu": 1, "hardtanh": 1, "gelu": 2, "gelu tanh": 3, "swish": 4, "hardswish": 5}
 
 
-class Emission(NamedTuple):
-    """What a layer's output becomes before it leaves: an activation, then the codes of the next layer.
-
-    Args:
-        act: Name of oneDNN's activation (``none``, ``relu``, ``hardtanh``, ``hardswish``, ``swish`` or ``gelu``).
-        arguments: Its numbers.
-        algorithm: Its variant (``tanh`` or ``none`` for ``gelu``).
-        scale: Step of the next layer's input; None leaves the output in floating point.
-        zero: Byte of the value 0 there.
-        bounds: Least and largest byte there.
-    """
-
-    act: str = "none"
-    arguments: tuple[float, ...] = ()
-    algorithm: str = ""
-    scale: float | None = None
-    zero: int = 0
-    bounds: tuple[int, int] = (0, 255)
-
-
-def emitted(y: Tensor, emission: Emission) -> Tensor:
-    """Returns what becomes of an output, by PyTorch's operators."""
-    kind, pairs = emission.act, {"relu": F.relu, "hardswish": F.hardswish, "swish": F.silu}
-    if kind == "hardtanh":
-        y = y.clamp(*emission.arguments)
-    elif kind == "gelu":
-        y = F.gelu(y, approximate=emission.algorithm)
-    elif kind != "none":
-        y = pairs[kind](y)
-    if emission.scale is None:
-        return y
-    return (y.float() / emission.scale).round_().add_(emission.zero).clamp_(*emission.bounds).to(torch.uint8)
-
-
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "kind", "out_kind", "threads")),
-        *((name, ctypes.c_int64) for name in ("zero", "top", "activation", "out_zero")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "zero", "top", "activation", "out_zero")),
         *((name, ctypes.c_double) for name in ("step", "low", "high", "least", "most")),
         *((name, ctypes.c_double) for name in ("out_step", "out_low", "out_high")),
-        *((name, ctypes.c_void_p) for name in ("x", "weights", "sums", "scales", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("weights", "sums", "scales", "bias")),
     ]
 
 
@@ -73,6 +39,8 @@ def _library() -> ctypes.CDLL | None:
     library.lossplug_linear_bytes.restype = ctypes.c_int64
     if library.lossplug_linear_bytes() != ctypes.sizeof(_Linear):
         return None
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.lossplug_integer_linear.argtypes = [pointer, *[integer] * 3, *[pointer] * 3, integer]
     library.lossplug_integer_linear.restype = None
     return library
 
@@ -109,32 +77,39 @@ class LinearOnBytes:
         self.held = weights, sums, scales, added
         self.outputs, self.inputs = outputs, inputs
         low, high = (float(end - zero) for end in bounds)
-        # Rows with steps of their own reach from -top to top; the byte of 0 is top there.
         self.fields: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "zero": zero, "low": low, "high": high}
+        # Rows with steps of their own reach from -top to top; the byte of 0 is top there.
         self.fields |= {"step": step or 0.0, "top": 0 if step is not None else int(high)}
         self.fields |= dict(zip(("weights", "sums", "scales", "bias"), (t.data_ptr() for t in self.held), strict=True))
+        self._problems: dict[Emission, _Linear] = {}
+        self._function = _library().lossplug_integer_linear  # type: ignore[union-attr]
 
-    def __call__(self, x: Tensor, dtype: torch.dtype, emission: Emission) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype, emission: Emission, times: Tensor | None = None) -> Tensor:
         """Returns the layer's output ``[..., C_out]``.
 
         Args:
             x: ``[..., C_in]``, contiguous; float32, bfloat16, or bytes.
             dtype: Of the output, float32 or bfloat16; bytes where the emission has a step.
             emission: What happens to the output.
+            times: Float32 ``[..., C_out]``, contiguous; multiplies what the activation gives, before a step is taken.
         """
-        library = _library()
-        assert library is not None
-        kind = torch.uint8 if emission.scale is not None else dtype
-        y = torch.empty(*x.shape[:-1], self.outputs, dtype=kind)
+        problem = self._problems.get(emission) or self._problem(emission)
+        y = torch.empty(*x.shape[:-1], self.outputs, dtype=dtype if emission.scale is None else torch.uint8)
         rows = x.numel() // self.inputs
+        if rows:
+            self._function(
+                ctypes.addressof(problem),
+                *(rows, KINDS[x.dtype], KINDS[y.dtype], x.data_ptr()),
+                *(None if times is None else times.data_ptr(), y.data_ptr()),
+                max(1, min(torch.get_num_threads(), rows * self.inputs * self.outputs // _EACH)),
+            )
+        return y
+
+    def _problem(self, emission: Emission) -> _Linear:
         least, most = emission.arguments if emission.act == "hardtanh" else (0.0, math.inf)
         low, high = emission.bounds
-        problem = _Linear(
+        self._problems[emission] = made = _Linear(
             **self.fields,
-            rows=rows,
-            kind=KINDS[x.dtype],
-            out_kind=KINDS[kind],
-            threads=max(1, min(torch.get_num_threads(), rows * self.inputs * self.outputs // _EACH)),
             activation=_ACTIVATIONS["gelu tanh" if emission.algorithm == "tanh" else emission.act],
             least=least,
             most=most,
@@ -142,12 +117,8 @@ class LinearOnBytes:
             out_zero=emission.zero,
             out_low=low - emission.zero,
             out_high=high - emission.zero,
-            x=x.data_ptr(),
-            y=y.data_ptr(),
         )
-        if rows:
-            library.lossplug_integer_linear(ctypes.byref(problem))
-        return y
+        return made
 
 
 def linear_on_bytes(

@@ -1,25 +1,6 @@
 // A layer's input to bytes, with a step for all or for each row, and what comes out back to values: a pass each.
 
-#include <cstdint>
-#include <cstring>
-
-static float wide(float value) { return value; }
-
-static float wide(uint16_t half) {  // bfloat16
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-static void narrow(float value, float *to) { *to = value; }
-
-static void narrow(float value, uint16_t *to) {  // to nearest, ties to even; NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    *to = (uint16_t)(value == value ? rounded : bits >> 16 | 64);
-}
+#include "bfloat16.h"
 
 template <class T>
 static void to_bytes(const T *x, int64_t rows, int64_t columns, float top, uint8_t *out, float *steps, int threads) {

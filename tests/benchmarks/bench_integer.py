@@ -69,6 +69,11 @@ def language_variants(batch, length=128):
     found["W8A8, rest bfloat16"] = copy.deepcopy(integers).bfloat16()
     found["W8A8, steps per token"] = per_token
     found["the same, rest bfloat16"] = copy.deepcopy(per_token).bfloat16()
+    attending = copy.deepcopy(model)
+    QATTechnique(QATSettings(8, 8, attention_bits=8)).attach(attending)
+    attending.train()(tokens[:1], logits_to_keep=1)
+    found["W8A8, attention too"] = integer_model(attending.eval())[0]
+    found["attention too, rest bfloat16"] = copy.deepcopy(found["W8A8, attention too"]).bfloat16()
     return {name: (lambda x, m=m: m(x, logits_to_keep=1), tokens) for name, m in found.items()}, quantised
 
 

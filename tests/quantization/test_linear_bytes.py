@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lossplug.quantization import IntegerLayer, QATSettings, QATTechnique, integer_model
-from lightning_lossplug.quantization.linear_bytes import WIDEST, Emission, emitted, linear_on_bytes
+from lightning_lossplug.quantization.emission import Emission, emitted
+from lightning_lossplug.quantization.linear_bytes import WIDEST, linear_on_bytes
 
 ACTS = [
     Emission(),
