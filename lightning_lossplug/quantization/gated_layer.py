@@ -103,7 +103,9 @@ def _is_layer(region: Region, node: Any) -> bool:
 
 def _back(region: Region, node: Any) -> Any:
     # Back over what does nothing in evaluation.
-    while isinstance(region.layer(node), PASSES):
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        if not isinstance(region.module.get_submodule(str(node.target)), PASSES):
+            break
         node = node.args[0]
     return node
 
