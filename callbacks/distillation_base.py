@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class DistillationCallback(AgreementLog, ExtrasCallback):
     def _place(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> None:
         network.to(pl_module.device)
         quantised = getattr(network, "quantization_method", None) is not None  # transformers refuses to cast those
-        if isinstance(trainer.precision_plugin, HalfPrecision) and not quantised:
+        if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)) and not quantised:
             trainer.precision_plugin.convert_module(network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

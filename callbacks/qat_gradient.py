@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from lightning_lossplug.callbacks.exact_resume import random_state, set_random_state
 from lightning_lossplug.callbacks.qat import ScaleCallback
 from lightning_lossplug.callbacks.sam import SAM, beside, frozen_statistics
-from lightning_lossplug.callbacks.sharded import refuse_sharding
+from lightning_lossplug.callbacks.sharded import refuse_all_but_data
 from lightning_lossplug.errors import LossplugError, require
 from lightning_lossplug.quantization.base import paused
 from lightning_lossplug.quantization.disorder_plot import draw_disorder
 from lightning_lossplug.quantization.gaqat import GradientAdaptiveSettings, GradientAdaptiveTechnique
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
+from lightning_lossplug.surgery.shards import full, joint_norm, local, shard_like
 
 OUTERMOST = -1000
 
@@ -36,8 +37,9 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
     library's; the paper's are not public.
 
     The second pass repeats all micro-batches with their random states, without logging and without moving running
-    statistics. Precision, loss scaling, DDP, accumulation and clipping (of the combined gradient) stay as they are.
-    Hooks such as ``on_after_backward`` run in both passes. Sharded parameters and manual optimization are refused.
+    statistics. Precision, loss scaling, DDP, FSDP2, accumulation and clipping (of the combined gradient) stay as they
+    are. Hooks such as ``on_after_backward`` run in both passes. Manual optimization and other strategies that shard
+    parameters are refused.
 
     Args:
         bits_w: Bits of the weights: 1, 1.58 or 2 to 8.
@@ -76,7 +78,8 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         softmax_bits: Bits of the attention's probabilities; null: as ``attention_bits``.
 
     Raises:
-        LossplugError: A value out of range; no learned scale; SAM beside it, manual optimization, sharded parameters.
+        LossplugError: A value out of range; no learned scale; SAM beside it, manual optimization, parameters sharded
+            by other means than FSDP2.
     """
 
     def __init__(
@@ -158,7 +161,7 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         if stage != "fit":
             return
         where = type(self).__name__
-        refuse_sharding(trainer, where)
+        refuse_all_but_data(trainer, where)
         if self.picture is not None:
             require("matplotlib", "cli", "GradientAdaptiveQAT(picture=...)")
         if not pl_module.automatic_optimization:
@@ -199,12 +202,12 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         self._check_complete(trainer, len(steps))
         moved = params if self.technique.settings.perturb_scales else [p for p in params if id(p) not in scales]
         with torch.no_grad():
-            factor = self._factor([p.grad for p in moved])  # type: ignore[misc]
+            factor = self._factor(moved)
             if factor is None:
                 return  # the GradScaler skips this step by itself
-            kept = [p.detach().clone() for p in moved]
+            kept = [local(p).detach().clone() for p in moved]
             for p in moved:
-                p.add_((p.grad * factor).to(p.dtype))  # type: ignore[operator]
+                local(p).add_((_grad(p) * factor).to(p.dtype))
             # Taken away, not copied: the second pass makes gradients of its own, and adds to nothing. With several
             # processes they may be views of buckets that it writes again.
             alone = trainer.world_size == 1
@@ -217,13 +220,12 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         finally:
             with torch.no_grad():
                 for p, old in zip(moved, kept, strict=True):
-                    p.copy_(old)
+                    local(p).copy_(old)
         self._combine(trainer, params, first, scales)
 
-    def _factor(self, grads: list[Tensor]) -> Tensor | None:
+    def _factor(self, params: list[nn.Parameter]) -> Tensor | None:
         settings = self.technique.settings
-        norms = [torch.linalg.vector_norm(g.to(torch.promote_types(g.dtype, torch.float32))) for g in grads]
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
+        norm = joint_norm([_grad(p) for p in params], params)
         if not bool(norm.isfinite()):
             return None
         factor = settings.rho / (norm + 1e-12)
@@ -273,22 +275,22 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
             elif scaler is not None:
                 p.grad.mul_(1.0 / float(scaler.get_scale()))
         second: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in second]))
-        if not bool(total.isfinite()):
+        if not bool(joint_norm([_grad(p) for p in params], params).isfinite()):
             for p, g in zip(params, first, strict=True):
                 p.grad = g
             return
         names = [scales.get(id(p)) for p in params]
-        task = {name: g for name, g in zip(names, first, strict=True) if name is not None}
-        smooth = {name: g.clone() for name, g in zip(names, second, strict=True) if name is not None}
+        # The gate counts every entry of every scale, on every rank.
+        task = {name: full(g) for name, g in zip(names, first, strict=True) if name is not None}
+        smooth = {name: full(g).clone() for name, g in zip(names, second, strict=True) if name is not None}
         gated = self.technique.combine(task, smooth)
         for p, name, g1, g2 in zip(params, names, first, second, strict=True):
             if name is not None:
-                g2.copy_(gated[name])
+                local(g2).copy_(shard_like(gated[name], g2))
                 if self.technique.settings.freeze_target == "both" and not bool(gated[name].any()):
                     p.grad = None  # so that momentum and weight decay leave it alone too
             elif self.technique.settings.sharpness != "sam":
-                g2.add_(g1).div_(2)
+                local(g2).add_(local(g1)).div_(2)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the picture, if a window was full."""
@@ -302,6 +304,11 @@ class GradientAdaptiveQAT(ScaleCallback[GradientAdaptiveTechnique]):
         self._steps.clear()
         for name in ("training_step", "log", "log_dict"):
             unwrap_method(pl_module, name, self)
+
+
+def _grad(p: nn.Parameter) -> Tensor:
+    assert p.grad is not None
+    return local(p.grad)
 
 
 def _no_sync(trainer: Trainer) -> AbstractContextManager[Any]:

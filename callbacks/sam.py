@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_lossplug.callbacks.distillation_extras import ExtrasCallback
-from lightning_lossplug.callbacks.sharded import refuse_sharding
+from lightning_lossplug.callbacks.sharded import refuse_all_but_data
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.losses.checks import check_number
 from lightning_lossplug.surgery.chain import unwrap_method, wrap_method
+from lightning_lossplug.surgery.shards import joint_norm, local
 
 
 def perturbation(params: list[nn.Parameter], rho: float, adaptive: bool) -> tuple[list[Tensor], Tensor]:
     r"""Returns the step to the worst point of the ball for parameters that have gradients, and the norm it used.
 
     :math:`e = \rho\,g/(\|g\|_2 + 10^{-12})` over all parameters jointly; adaptive:
-    :math:`e = \rho\,w^2 g/(\||w|\,g\|_2 + 10^{-12})`. Neither depends on the loss scale.
+    :math:`e = \rho\,w^2 g/(\||w|\,g\|_2 + 10^{-12})`. Neither depends on the loss scale. Of sharded parameters the
+    steps are those of this rank's shards, the norm is that of all.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    pairs = list(zip(grads, params, strict=True))
-    # Norms of half-precision gradients overflow in their own type.
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    pairs = list(zip(grads, map(local, params), strict=True))
     wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
     weighted = [(g * p.abs() if adaptive else g).to(t) for (g, p), t in zip(pairs, wide, strict=True)]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(w).to(weighted[0]) for w in weighted]))
+    norm = joint_norm(weighted, params)
     scale = rho / (norm + 1e-12)
-    steps = [w * p.abs() if adaptive else w for w, p in zip(weighted, params, strict=True)]
+    steps = [w * p.abs() if adaptive else w for w, (_, p) in zip(weighted, pairs, strict=True)]
     return [(s * scale.to(s)).to(p.dtype) for s, p in zip(steps, params, strict=True)], norm
 
 
@@ -43,9 +43,10 @@ class SAM(Callback):
     Two forward and backward passes per step: the first at w gives :math:`e = \rho\,g/\|g\|_2`, the second at w + e
     gives the gradient that the optimizer uses at w. The user's optimizer, precision (a GradScaler too), clipping (of
     the second gradient) and DDP stay as they are. What is logged and returned is the first pass; running statistics
-    of normalisation layers and torchmetrics states move in the first pass only. Under DDP both passes are averaged
-    over ranks, so that e is the same everywhere and a non-finite gradient skips the second pass on all of them.
-    Gradient accumulation, manual optimization and sharded parameters are refused. Hooks such as ``on_after_backward``
+    of normalisation layers and torchmetrics states move in the first pass only. Under DDP and FSDP2
+    (``ModelParallelStrategy``) both passes are averaged over ranks, so that e is the same everywhere and a non-finite
+    gradient skips the second pass on all of them. Gradient accumulation, manual optimization and other strategies
+    that shard parameters are refused. Hooks such as ``on_after_backward``
     run twice, as do losses with a state of their own (arXiv 2010.01412; adaptive: arXiv 2102.11600).
 
     Args:
@@ -53,8 +54,8 @@ class SAM(Callback):
         adaptive: Scale the ball by the size of each weight (ASAM).
 
     Raises:
-        LossplugError: A negative ``rho``; accumulation, manual optimization or sharded parameters, at setup or at the
-            first step.
+        LossplugError: A negative ``rho``; accumulation, manual optimization, or a strategy that shards parameters
+            and isn't FSDP2 alone, at setup or at the first step.
     """
 
     def __init__(self, rho: float = 0.05, adaptive: bool = False) -> None:
@@ -73,7 +74,7 @@ class SAM(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(other, SAM) and other is not self for other in callbacks):
             raise LossplugError("two SAM callbacks in one run", where="SAM", remedy="Keep one of them")
-        refuse_sharding(trainer, "SAM")
+        refuse_all_but_data(trainer, "SAM")
         self._refuse_accumulation(trainer)
         self._second = False
         wrap_method(pl_module, "optimizer_step", self, self._optimizer_step(trainer, pl_module))
@@ -113,16 +114,14 @@ class SAM(Callback):
         params = [p for p in params if p.grad is not None]
         if loss is None or not params:
             return loss
-        if any(isinstance(p, DTensor) for p in params):
-            raise LossplugError("the parameters are sharded", where="SAM", remedy="Use DDP or one device")
         first = getattr(closure, "_result", None)  # what Lightning hands to on_train_batch_end
         with torch.no_grad():
             steps, norm = perturbation(params, self.rho, self.adaptive)
             if not bool(norm.isfinite()):
                 return loss  # the GradScaler skips this step by itself
-            saved = [p.detach().clone() for p in params]
+            saved = [local(p).detach().clone() for p in params]
             for p, step in zip(params, steps, strict=True):
-                p.add_(step)
+                local(p).add_(step)
         del steps
         try:
             with self._second_pass(pl_module), beside(trainer):
@@ -130,7 +129,7 @@ class SAM(Callback):
         finally:
             with torch.no_grad():
                 for p, old in zip(params, saved, strict=True):
-                    p.copy_(old)
+                    local(p).copy_(old)
         if first is not None:
             closure._result = first
         return loss

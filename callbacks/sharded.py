@@ -43,6 +43,17 @@ def shards_data_only(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() == 1
 
 
+def refuse_all_but_data(trainer: Trainer, where: str) -> None:
+    """Raises for a callback that works on whole parameters or on shards of them, where each process has its own data.
+
+    Raises:
+        LossplugError: The strategy shards parameters, and is not FSDP2 alone.
+    """
+    if not shards_data_only(trainer.strategy):
+        remedy = "Use DDP, FSDP2 (ModelParallelStrategy with tensor_parallel_size=1) or one device"
+        refuse_sharding(trainer, where, remedy)
+
+
 def refuse_deepspeed(trainer: Trainer, where: str) -> None:
     """Raises in setup, for a callback that reads or changes gradients, steps or what a checkpoint holds.
 

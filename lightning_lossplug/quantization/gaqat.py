@@ -12,6 +12,7 @@ from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.grid import check_choice, check_range
 from lightning_lossplug.quantization.technique import QATSettings, QATTechnique
 from lightning_lossplug.schedules import Progress
+from lightning_lossplug.surgery.shards import local
 
 
 def gradient_disorder(signs: Tensor) -> Tensor:
@@ -240,12 +241,12 @@ class GradientAdaptiveTechnique(QATTechnique[GradientAdaptiveSettings]):
         """Returns the gradients of all scales from those of the two passes, and records the step.
 
         Args:
-            task: Gradients of the first pass by the names of :meth:`named_scales`; missing ones count as zero.
+            task: Gradients of the first pass by the names of :meth:`named_scales`, whole; missing ones count as zero.
             smooth: Those of the second pass.
         """
         scales = self.named_scales()
         flat = [
-            torch.cat([grads[n].flatten() if n in grads else torch.zeros_like(s).flatten() for n, s in scales.items()])
+            torch.cat([grads[n].flatten() if n in grads else local(s).new_zeros(s.numel()) for n, s in scales.items()])
             for grads in (task, smooth)
         ]
         combined = self.gate.combine(flat[0], flat[1], self.step)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -43,3 +47,34 @@ def distribute_like(mask: Tensor, weight: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def joint_norm(parts: Sequence[Tensor], homes: Sequence[Tensor]) -> Tensor:
+    """Returns the L2 norm of all entries of some tensors together, at least in float32; the same on every rank.
+
+    Args:
+        parts: What this rank has of each tensor, at least one.
+        homes: For each a tensor that is sharded as it is, such as its parameter; all ranks have to call this then.
+    """
+    norms: dict[tuple[Any, ...], list[Tensor]] = {}
+    for part, home in zip(parts, homes, strict=True):
+        # Norms of half-precision gradients overflow in their own type.
+        norm = torch.linalg.vector_norm(part.to(torch.promote_types(part.dtype, torch.float32)))
+        norms.setdefault(_groups(home), []).append(norm)
+    totals = []
+    for groups, found in norms.items():
+        total = torch.linalg.vector_norm(torch.stack([n.to(found[0]) for n in found]))
+        for group in groups:
+            square = total.square()
+            torch.distributed.all_reduce(square, group=group)
+            total = square.sqrt()
+        totals.append(total)
+    return totals[0] if len(totals) == 1 else torch.linalg.vector_norm(torch.stack([t.to(totals[0]) for t in totals]))
+
+
+def _groups(tensor: Tensor) -> tuple[Any, ...]:
+    """Groups of processes that have different parts of a tensor."""
+    if not is_sharded(tensor):
+        return ()
+    mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(i) for i, place in enumerate(places) if place.is_shard())

@@ -54,7 +54,7 @@ def test_first_loss_and_frozen_teacher(name):
     assert not module.net._forward_hooks
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_weight_zero_changes_nothing_and_precisions_run(precision):
     plain = Plain(dropout=0.2)
     torch.manual_seed(0)

@@ -22,7 +22,8 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-RUNS = ["lsq", "many options", "attention", "ewgs", "dorefa, pact", "two bits", "self_compress", "online", "together"]
+RUNS = ["lsq", "many options", "attention", "ewgs", "dorefa, pact", "two bits", "self_compress", "gaqat"]
+RUNS += ["gaqat, accumulated", "sam", "asam", "online", "together"]
 
 
 @pytest.mark.timeout(700)
@@ -36,13 +37,14 @@ def test_it_is_what_ddp_gives(found, run, root_only):
     for key, value in want.items():
         assert torch.equal(got[key], found[1][run][f"fsdp2, {root_only}"][key]), key
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
-    assert any(key.startswith("teacher.") for key in want) == (run in ("online", "together"))
+    assert any(key.startswith("teacher.") for key in want) == (run in ("asam", "online", "together"))
     steps = [key for key in want if key.endswith("input_transforms.quantization.quantizer.seen")]
     assert all(want[key] >= 1 for key in steps)
 
 
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("shards", [False, True])
-def test_resumed_runs_end_with_the_same_bits(found, shards):
-    straight, resumed = (found[0]["lsq"][f"{how}, {shards}"] for how in ("straight", "resumed"))
+@pytest.mark.parametrize("run", ["lsq", "gaqat", "sam"])
+def test_resumed_runs_end_with_the_same_bits(found, run, shards):
+    straight, resumed = (found[0][run][f"{how}, {shards}"] for how in ("straight", "resumed"))
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)

@@ -13,13 +13,24 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from train_qat import Attending, Data, Net
 
-from lightning_lossplug.callbacks import QAT, NMSparsity, OnlineDistillation, SwapLoss
+from lightning_lossplug.callbacks import QAT, SAM, GradientAdaptiveQAT, NMSparsity, OnlineDistillation, SwapLoss
 from lightning_lossplug.surgery.shards import full
 
 
-def teacher():
+class Wide(Net):
+    """In float64: two passes of two networks that learn of each other make much of what is rounded otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([batch[0].double(), batch[1]], batch_idx)
+
+
+def teacher(dtype=torch.float32):
     torch.manual_seed(1)
-    return OnlineDistillation(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), "bdkd")
+    return OnlineDistillation(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype), "bdkd")
 
 
 RUNS = {
@@ -34,6 +45,14 @@ RUNS = {
     "dorefa, pact": (Net, lambda: [QAT(4, 4, weight="dorefa", activation="pact")], {}),
     "two bits": (Net, lambda: [QAT(2, 8)], {}),
     "self_compress": (Net, lambda: [QAT(8, 8, weight="self_compress")], {}),
+    "gaqat": (Net, lambda: [GradientAdaptiveQAT(4, 4, rho=0.1, disorder_window=8, freeze_fraction=0.5)], {}),
+    "gaqat, accumulated": (
+        Net,
+        lambda: [GradientAdaptiveQAT(3, 4, sharpness="sam", granularity="group", group_size=8, perturb_scales=True)],
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    ),
+    "sam": (Net, lambda: [SAM(0.1), NMSparsity(2, 4, "nm_srste"), QAT(4, 4)], {"gradient_clip_val": 0.5}),
+    "asam": (Wide, lambda: [SAM(0.5, adaptive=True), teacher(torch.float64)], {}),
     "online": (Net, lambda: [teacher()], {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     "together": (Net, lambda: [SwapLoss("poly_loss"), NMSparsity(2, 4, "nm_srste"), QAT(8, 8), teacher()], {}),
 }
@@ -104,9 +123,9 @@ if __name__ == "__main__":
         for root_only in (False, True):
             kind = sharded(plain, root_only)
             found[run][f"fsdp2, {root_only}"] = fit(run, kind, fsdp2())[1]
-        if run == "lsq":
+        if run in ("lsq", "gaqat", "sam"):
             for shards in (False, True):
-                kind, path = sharded(plain, False), home / f"half_{shards}.ckpt"
+                kind, path = sharded(plain, False), home / f"{run}_{shards}.ckpt"
                 found[run][f"straight, {shards}"] = fit(run, kind, fsdp2(shards), path)[1]
                 found[run][f"resumed, {shards}"] = fit(run, kind, fsdp2(shards), path, resume=True)[1]
     torch.save(found, home / f"rank{rank}.pt")

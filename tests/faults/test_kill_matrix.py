@@ -40,10 +40,7 @@ REFUSED = {
         "is not supported with Model",
     ),
     **dict.fromkeys([("CompressedGradients", "fsdp2"), ("LocalUpdates", "fsdp2")], "no communication hook for them"),
-    **dict.fromkeys(
-        [("SAM", "fsdp2"), ("GradientAdaptiveQAT", "fsdp2"), ("KVChannelShrink", "fsdp2")],
-        "parameters are sharded by ModelParallel",
-    ),
+    ("KVChannelShrink", "fsdp2"): "parameters are sharded by ModelParallel",
 }
 
 
