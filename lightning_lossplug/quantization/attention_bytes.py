@@ -19,6 +19,7 @@ from lightning_lossplug.quantization.dynamic import Dynamic
 SOURCE = Path(__file__).with_name("attention_bytes.cpp")
 LONGEST = 1 << 16  # keys whose products surely fit 32 bits
 _TYPES = {torch.float32: 4, torch.bfloat16: 2}
+PLANS = 32  # kinds of calls whose numbers are kept
 _TILE = 6  # rows that a product takes at once, as in the source
 _EACH = 1 << 15  # products of rows and keys that are worth a thread
 _INTEGERS = [
@@ -59,6 +60,14 @@ class Numbers(NamedTuple):
     steps: tuple[float, ...]
 
 
+class Plan(NamedTuple):
+    """A call without its addresses, and the memory that it needs."""
+
+    problem: _Problem
+    room: int
+    offsets: tuple[int, ...]
+
+
 class IntegerAttention(AttentionQuant):
     """The same attention in evaluation, with products of int8 codes where the call allows it.
 
@@ -76,6 +85,7 @@ class IntegerAttention(AttentionQuant):
     def __init__(self, query: Quantizer, key: Quantizer, value: Quantizer, probabilities: Quantizer) -> None:
         super().__init__(query, key, value, probabilities)
         self.numbers = self.read_numbers()
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         self.register_load_state_dict_post_hook(_read_again)
 
     def read_numbers(self) -> Numbers:
@@ -93,30 +103,48 @@ class IntegerAttention(AttentionQuant):
     def _on_bytes(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
         library = integer_attention_library()
         assert not isinstance(library, str)
+        shapes = (*query.shape, *value.shape, query.stride(), key.stride(), value.stride())
+        kind = (shapes, query.dtype, causal, scale, torch.get_num_threads())
+        plan = self._plans.get(kind) or self._plan(kind, query, key, value)
+        memory = torch.empty(plan.room, dtype=torch.uint8)
+        batch, heads, rows, _ = query.shape
+        out = torch.empty(batch, rows, heads, value.shape[-1])  # as the layer behind it reads it
+        problem = _Problem.from_buffer_copy(plan.problem)
+        problem.query, problem.key, problem.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        at = memory.data_ptr()
+        problem.key_sums, problem.out = at, out.data_ptr()
+        problem.key_codes, problem.value_codes, problem.query_codes = (at + offset for offset in plan.offsets)
+        library.lossplug_integer_attention(ctypes.byref(problem))
+        return (out if query.dtype == torch.float32 else out.to(query.dtype)).transpose(1, 2)
+
+    def _plan(self, kind: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor) -> Plan:
+        *_, causal, scale, available = kind
         (batch, heads, rows, width), (_, key_heads, keys, value_width) = query.shape, value.shape
         across, room = -(-keys // 16) * 16, -(-value_width // 16) * 16
         depth, inner = -(-width // 4) * 4, -(-keys // 4) * 4
         # Key sums, key codes, value codes and query codes, in one piece of memory.
         parts = [batch * key_heads * n for n in (across * 4, depth * across, inner * room)]
-        memory = torch.empty(sum(parts) + (batch * heads * rows + _TILE) * -(-width // 16) * 16, dtype=torch.uint8)
-        sums, key_codes, value_codes, query_codes = accumulate(parts, initial=memory.data_ptr())
-        out = torch.empty(batch, rows, heads, value_width)  # as the layer behind it reads it
-        threads = max(1, min(torch.get_num_threads(), batch * heads * rows * keys // _EACH))
+        size = sum(parts) + (batch * heads * rows + _TILE) * -(-width // 16) * 16
         problem = _Problem(
-            *(batch, heads, key_heads, rows, keys, width, value_width, _TYPES[query.dtype], causal, threads),
+            *(batch, heads, key_heads, rows, keys, width, value_width, _TYPES[query.dtype], causal),
+            max(1, min(available, batch * heads * rows * keys // _EACH)),
             *self.numbers.limits,
             *((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (query, key, value)),
             *self.numbers.steps,
             width**-0.5 if scale is None else scale,
-            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), query_codes, key_codes, value_codes, sums),
-            out.data_ptr(),
         )
-        library.lossplug_integer_attention(ctypes.byref(problem))
-        return out.to(query.dtype).transpose(1, 2)
+        if len(self._plans) >= PLANS:
+            self._plans.clear()
+        made = self._plans[kind] = Plan(problem, size, tuple(accumulate(parts)))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plans": {}}  # they hold C structures
 
 
 def _read_again(attention: IntegerAttention, _: Any) -> None:
     attention.numbers = attention.read_numbers()
+    attention._plans.clear()
 
 
 def _plain(
@@ -135,10 +163,10 @@ def _plain(
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    kinds = {(type(t), t.device.type, t.dtype, t.ndim, t.stride(-1)) for t in tensors if t.ndim}
-    if len(kinds) != 1 or next(iter(kinds))[:2] != (Tensor, "cpu") or query.dtype not in _TYPES or query.ndim != 4:
-        return False
-    if query.stride(-1) != 1 or torch.is_autocast_enabled("cpu"):
+    for t in tensors:
+        if type(t) is not Tensor or t.device.type != "cpu" or t.dtype != query.dtype or t.ndim != 4 or t.stride(3) != 1:
+            return False
+    if query.dtype not in _TYPES or torch.is_autocast_enabled("cpu"):
         return False
     heads, key_heads = query.shape[1], key.shape[1]
     shared = heads == key_heads or (enable_gqa and heads % key_heads == 0)
