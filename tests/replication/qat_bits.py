@@ -23,6 +23,8 @@ from lightning_lossplug.integrations.schedule import cosine_per_step
 
 SEVERAL = {
     "LSQ": {},
+    "LSQ, weights of least error": {"weight_options": {"init": "mse"}},
+    "LSQ, all of least error": {"weight_options": {"init": "mse"}, "activation_options": {"init": "mse"}},
     "LSQ+": {"weight": "lsq_plus", "activation": "lsq_plus"},
     "EWGS": {"weight": "ewgs", "activation": "ewgs"},
     "DoReFa, inputs PACT": {"weight": "dorefa", "activation": "pact", "activation_options": {"alpha_init": None}},
