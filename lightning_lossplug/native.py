@@ -19,21 +19,21 @@ FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fno-math-errno", "-shared", "
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Tells whether C++ functions can work on these tensors: plain contiguous ones on a CPU that nobody watches."""
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return False
-    return not watched(*tensors)
+    """Tells whether C++ functions can work on these tensors: contiguous ones that are :func:`reachable`."""
+    return all(tensor.is_contiguous() and reachable(tensor) for tensor in tensors)
 
 
-def watched(*tensors: Tensor) -> bool:
-    """Tells whether something watches operators go by that would not see a function called around PyTorch.
+def reachable(tensor: Tensor) -> bool:
+    """Tells whether a C++ function may read a tensor's memory: a plain one on a CPU that nobody watches.
 
-    That is ``torch.compile``, tracing, fake tensors or ``torch.func``.
+    What watches operators go by would not see a function called around PyTorch: ``torch.compile``, tracing, fake
+    tensors, ``torch.func``.
     """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-        return True
-    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @cache

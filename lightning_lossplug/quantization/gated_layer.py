@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_lossplug.native import watched
+from lightning_lossplug.native import reachable
 from lightning_lossplug.quantization.emission import ACTIVATIONS, FUNCTIONS, Emission, emitted
 from lightning_lossplug.quantization.integer_layer import PLAIN, IntegerLayer
 from lightning_lossplug.surgery.attention import unheard
@@ -37,7 +37,7 @@ class GatedLayer(nn.Module):
         assert isinstance(gate, IntegerLayer)
         assert isinstance(up, IntegerLayer)
         assert isinstance(down, IntegerLayer)
-        if watched(x) or gate.function is None or up.function is None or down.function is None:
+        if not reachable(x) or gate.function is None or up.function is None or down.function is None:
             y: Tensor = down(emitted(gate(x), self.act) * up(x))
             return y
         with unheard():

@@ -8,14 +8,14 @@ interface. Hence whatever is chosen has to pass a test on the layer's own weight
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.native import watched
+from lightning_lossplug.native import reachable
 from lightning_lossplug.quantization.emission import Emission, emitted
 from lightning_lossplug.quantization.linear_bytes import KINDS, LinearOnBytes, linear_on_bytes
 from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
@@ -108,7 +108,7 @@ class IntegerLayer(nn.Module):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if watched(x):  # neither kernel is an operator that could be traced
+        if not reachable(x):  # neither kernel is an operator that could be traced, or runs elsewhere
             return emitted(self._product(x, "reference", PLAIN), self.emission)
         if self.backend == "native":
             return self._alone(x.contiguous(), self.emission)
@@ -128,7 +128,8 @@ class IntegerLayer(nn.Module):
     def _alone(self, x: Tensor, emission: Emission) -> Tensor:
         assert self._native is not None
         if x.dtype not in KINDS:
-            return self._native(x.float(), torch.float32, emission).to(x.dtype)
+            y = self._native(x.float(), torch.float32, emission)
+            return y if emission.scale is not None else y.to(x.dtype)
         dtype = self.float_dtype if x.dtype == torch.uint8 else x.dtype
         return self._native(x, dtype, emission)
 
@@ -267,7 +268,7 @@ class IntegerLayer(nn.Module):
         """Takes a per-channel ``y * scale + shift`` behind the layer into its scales and bias; codes stay."""
         self.weight_scale.copy_(self.weight_scale * scale)
         self.bias = (shift if self.bias is None else self.bias * scale + shift).float()
-        self.use("auto" if self.backend != "reference" else "reference")
+        self.use(cast("Backend", self.backend))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Scales stay float32 whatever the model is cast to, as the kernels want them.
@@ -277,11 +278,13 @@ class IntegerLayer(nn.Module):
             self.float_dtype = self.input_scale.dtype
         for name, old in kept.items():
             self._buffers[name] = old.to(self.codes.device)
+        if self.codes.device.type != "cpu":
+            self.use("reference")
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.use("auto" if self.backend != "reference" else "reference")  # packed weights are those of the old codes
+        self.use(cast("Backend", self.backend))  # packed weights are those of the old codes
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}, "_native": None}  # packed weights are no tensors that could be copied

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import load
 from lightning_lossplug.quantization.emission import Emission
 
@@ -92,7 +93,14 @@ class LinearOnBytes:
             dtype: Of the output, float32 or bfloat16; bytes where the emission has a step.
             emission: What happens to the output.
             times: Float32 ``[..., C_out]``, contiguous; multiplies what the activation gives, before a step is taken.
+
+        Raises:
+            LossplugError: An input of another width.
         """
+        if not x.ndim or x.shape[-1] != self.inputs:
+            raise LossplugError(
+                f"an input of shape {tuple(x.shape)}", where="integer layer", remedy=f"Its last axis has {self.inputs}"
+            )
         problem = self._problems.get(emission) or self._problem(emission)
         y = torch.empty(*x.shape[:-1], self.outputs, dtype=dtype if emission.scale is None else torch.uint8)
         rows = x.numel() // self.inputs

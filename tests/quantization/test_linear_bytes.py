@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization import IntegerLayer, QATSettings, QATTechnique, integer_model
 from lightning_lossplug.quantization.emission import Emission, emitted
 from lightning_lossplug.quantization.linear_bytes import WIDEST, linear_on_bytes
@@ -177,3 +178,31 @@ def test_loaded_codes_count():
         assert not torch.equal(other(x), want)
         other.load_state_dict(made.state_dict())
         assert torch.equal(other(x), want)
+
+
+class Odd(torch.Tensor):
+    """A subclass: its memory may be anywhere."""
+
+
+def test_inputs_of_other_kinds():
+    net, x = quantised()
+    made, _ = integer_model(net)
+    with torch.no_grad():
+        want = made(x)
+        close = 0.03 * (want.max() - want.min())
+        for other in (x.double(), x.half(), x.bfloat16(), x.as_subclass(Odd), x.t().contiguous().t()):
+            assert (made(other) - want).abs().max() <= close
+        assert made(x[:0]).shape == (0, 8) and made(x[0]).shape == (8,)
+        with pytest.raises((LossplugError, RuntimeError), match=r"shape|mat1|size"):
+            made(torch.randn(4, 17))
+        meta = copy.deepcopy(made).to("meta")
+        assert meta(x.to("meta")).shape == want.shape
+        mapped = torch.func.vmap(made)(x.reshape(4, 16, 16))
+        assert (mapped.reshape(want.shape) - want).abs().max() <= close
+
+
+@needs_function
+def test_another_width_is_refused():
+    function = layer(1, 16, 4, 0, (0, 255, 128))[-1]
+    with pytest.raises(LossplugError, match="Its last axis has 16"):
+        function(torch.randn(4, 17), torch.float32, Emission())
