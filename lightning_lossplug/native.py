@@ -53,6 +53,23 @@ def load(source: Path) -> ctypes.CDLL | str:
         return detail.strip().splitlines()[0][:200] if detail.strip() else type(error).__name__
 
 
+def load_with(source: Path, arguments: type[ctypes.Structure], size: str, otherwise: str) -> ctypes.CDLL | str:
+    """Returns a compiled source whose functions take a structure, or in words why it can't be used.
+
+    Args:
+        source: See :func:`load`.
+        arguments: The structure.
+        size: Name of a function that tells how many bytes the source takes it to have; 0 where it can't run.
+        otherwise: What to say if the two differ.
+    """
+    library = load(source)
+    if isinstance(library, str):
+        return library
+    tell = library[size]
+    tell.restype = ctypes.c_int64
+    return library if tell() == ctypes.sizeof(arguments) else otherwise
+
+
 def _compiled(source: Path) -> Path:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None:

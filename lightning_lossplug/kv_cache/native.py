@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lossplug.kv_cache.latent import LatentDecoders, LatentTokens
-from lightning_lossplug.native import load
+from lightning_lossplug.native import load_with
 
 SOURCE = Path(__file__).with_name("latent_attention.cpp")
 PAD = 16  # floats, as in the source
@@ -36,13 +36,7 @@ class Problem(ctypes.Structure):
 @cache
 def native_library() -> ctypes.CDLL | str:
     """Returns the compiled function, or in words why there is none."""
-    library = load(SOURCE)
-    if isinstance(library, str):
-        return library
-    library.lossplug_problem_bytes.restype = ctypes.c_int64
-    if library.lossplug_problem_bytes() != ctypes.sizeof(Problem):
-        return "its arguments have another layout"
-    return library
+    return load_with(SOURCE, Problem, "lossplug_problem_bytes", "its arguments have another layout")
 
 
 @cache

@@ -26,22 +26,6 @@ struct Problem {
 
 static const int64_t BLOCK = 12;  // rows of a task
 
-// Codes of a row plus a shift, written in whole sixteens; returns the sum of the codes, or 0.
-template <bool SUM, class T>
-static int32_t to_codes(const T *from, int64_t count, double step, int64_t low, int64_t high, int64_t shift, int8_t *to) {
-    const __m512 by = _mm512_set1_ps((float)step), least = _mm512_set1_ps((float)low), most = _mm512_set1_ps((float)high);
-    const __m512i add = _mm512_set1_epi32((int32_t)shift);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t d = 0; d < count; d += 16) {
-        const __mmask16 part = first_of(count - d);
-        const __m512 at = _mm512_div_ps(sixteen(from + d, part), by);
-        const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(at, least), most));  // ties to even
-        if (SUM) sum = _mm512_mask_add_epi32(sum, part, sum, codes);
-        _mm_storeu_si128((__m128i *)(to + d), _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(part, codes, add)));
-    }
-    return SUM ? _mm512_reduce_add_epi32(sum) : 0;
-}
-
 template <class T> static void pack_queries(const Problem &p, int64_t b, int64_t h) {
     const T *from = (const T *)p.query + b * p.query_strides[0] + h * p.query_strides[1];
     const int64_t apart = wide(p.width);

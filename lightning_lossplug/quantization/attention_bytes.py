@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lossplug.native import load
+from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.attention import OPERANDS, AttentionQuant
 from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
@@ -43,13 +43,10 @@ class _Problem(ctypes.Structure):
 @cache
 def integer_attention_library() -> ctypes.CDLL | str:
     """Returns the compiled function, or in words why there is none."""
-    library = load(SOURCE)
-    if isinstance(library, str):
-        return library
-    library.lossplug_attention_bytes.restype = ctypes.c_int64
-    if library.lossplug_attention_bytes() != ctypes.sizeof(_Problem):
-        return "this processor has no int8 products (VNNI, AVX-512)"
-    library.lossplug_integer_attention.restype = None
+    missing = "this processor has no int8 products (VNNI, AVX-512)"
+    library = load_with(SOURCE, _Problem, "lossplug_attention_bytes", missing)
+    if not isinstance(library, str):
+        library.lossplug_integer_attention.restype = None
     return library
 
 

@@ -30,8 +30,16 @@ class Emission(NamedTuple):
     bounds: tuple[int, int] = (0, 255)
 
 
+PLAIN = Emission()
+
+
 def emitted(y: Tensor, emission: Emission) -> Tensor:
-    """Returns what becomes of an output, by PyTorch's operators."""
+    """Returns what becomes of an output, by PyTorch's operators: its dtype, or uint8 where the emission has a step.
+
+    Args:
+        y: Any shape.
+        emission: What happens to it.
+    """
     kind, pairs = emission.act, {"relu": F.relu, "hardswish": F.hardswish, "swish": F.silu}
     if kind == "hardtanh":
         y = y.clamp(*emission.arguments)
@@ -44,7 +52,7 @@ def emitted(y: Tensor, emission: Emission) -> Tensor:
     return (y.float() / emission.scale).round_().add_(emission.zero).clamp_(*emission.bounds).to(torch.uint8)
 
 
-# What the kernels call the activations it can compute behind a product.
+# Activations that the kernels compute behind a product, as modules and as functions.
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Emission]] = {
     nn.ReLU: lambda act: Emission("relu"),
     nn.ReLU6: lambda act: Emission("hardtanh", (0.0, 6.0)),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_lossplug.native import reachable
-from lightning_lossplug.quantization.emission import ACTIVATIONS, FUNCTIONS, Emission, emitted
-from lightning_lossplug.quantization.integer_layer import PLAIN, IntegerLayer
+from lightning_lossplug.quantization.emission import ACTIVATIONS, FUNCTIONS, PLAIN, Emission, emitted
+from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.surgery.attention import unheard
 from lightning_lossplug.surgery.fold_norm import PASSES
 from lightning_lossplug.surgery.trace import Region, traced_regions
@@ -68,7 +68,7 @@ def fuse_gates(model: nn.Module) -> int:
         if not path or len(layers) != 3 or any(m.function is None or m.emission != PLAIN for m in layers):
             continue
         made = next(filter(None, map(_gated, traced_regions(module, lambda m: isinstance(m, IntegerLayer)))), None)
-        if made is not None and _agrees(module, made, layers):
+        if made is not None and _agrees(module, made):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, made.eval())
             count += 1
@@ -120,7 +120,7 @@ def _activation(region: Region, node: Any) -> tuple[Emission, fx.Node] | None:
     return None if function is None else (function(*node.args[1:], **node.kwargs), _back(region, node.args[0]))
 
 
-def _agrees(module: nn.Module, made: GatedLayer, layers: list[IntegerLayer]) -> bool:
+def _agrees(module: nn.Module, made: GatedLayer) -> bool:
     gate = made._modules[made.order[0]]
     assert isinstance(gate, IntegerLayer)
     generator = torch.Generator().manual_seed(0)

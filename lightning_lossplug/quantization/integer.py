@@ -34,7 +34,7 @@ def integer_layer(layer: nn.Module, where: str = "layer", backend: Backend = "au
     Args:
         layer: A plugged ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` with quantised weight and input.
         where: Its path, for messages.
-        backend: ``auto``, ``onednn`` or ``reference``.
+        backend: ``auto``, ``native``, ``onednn`` or ``reference``; see :meth:`IntegerLayer.use`.
 
     Raises:
         LossplugError: Scales that were never set or are not above 0; a backend that can't compute the layer.
@@ -71,7 +71,7 @@ def integer_layer(layer: nn.Module, where: str = "layer", backend: Backend = "au
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     made = IntegerLayer(coded.codes, coded.scale, bias, (low, high), step, point, convolution, measured)
     if not made.use(backend):
-        raise LossplugError("the onednn int8 kernel can't compute this layer here", where=where, remedy="Use 'auto'")
+        raise LossplugError(f"the {backend} kernel can't compute this layer here", where=where, remedy="Use 'auto'")
     return made
 
 
@@ -103,11 +103,12 @@ def integer_model(
     (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
     Attention that was quantised (``attention_bits``) multiplies bytes too, where the processor can
     (:func:`integer_attention`). What has no integer form stays as it is, fake-quantised. ``made.bfloat16()`` runs what
-    is left of floating point in bfloat16; scales stay float32.
+    is left of floating point in bfloat16; scales stay float32. Compiled, traced or exported, and on other devices than
+    the CPU, it multiplies the same integers in float32.
 
     Args:
         model: A module with plugged layers, on the CPU for the fast kernels.
-        backend: ``auto``, ``onednn`` (an error where it can't) or ``reference``.
+        backend: ``auto``, or ``native``, ``onednn`` (an error where they can't) or ``reference``.
         fuse: Take batch norms and activations into the layers before them, and hand bytes from layer to layer where
             the forward can be traced; see :func:`fold_batch_norm` and :func:`fuse_layers`.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TypeGuard
 
 import torch
 from torch import fx, nn
 
-from lightning_lossplug.quantization.emission import ACTIVATIONS, Emission, emitted
+from lightning_lossplug.quantization.emission import ACTIVATIONS, PLAIN, Emission, emitted
 from lightning_lossplug.quantization.gated_layer import GatedLayer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.surgery.fold_norm import PASSES
@@ -33,7 +32,7 @@ def fuse_layers(model: nn.Module) -> int:
     for region in traced_regions(model, lambda m: isinstance(m, (IntegerLayer, GatedLayer))):
         for node in region.graph.nodes:
             layer = region.layer(node)
-            if _is_fast(layer) and layer.emission == Emission():
+            if _is_fast(layer) and layer.emission == PLAIN:
                 fused += _fuse(region, node, layer)
     return fused
 
@@ -46,9 +45,9 @@ def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
     kind = ACTIVATIONS.get(type(region.layer(found)))  # type: ignore[arg-type]
     if kind is not None:
         act, node = found, _skip(region, found)
-    plain = Emission() if kind is None else kind(region.layer(act))
+    plain = PLAIN if kind is None else kind(region.layer(act))
     for emission in (_to_bytes(layer, plain, _readers(region, node)), plain):
-        if emission is not None and emission != Emission() and _works(layer, emission):
+        if emission is not None and emission != PLAIN and _works(layer, emission):
             layer.emission = emission
             if act is not None:
                 parent, _, child = str(act.target).rpartition(".")
@@ -77,12 +76,14 @@ def _is_fast(layer: object) -> TypeGuard[IntegerLayer]:
 def _to_bytes(layer: IntegerLayer, plain: Emission, readers: list[IntegerLayer] | None) -> Emission | None:
     if readers is None:
         return None
-    grids = Counter((float(m.input_scale), m.input_byte, m.bounds[0] + m.shift, m.bounds[1] + m.shift) for m in readers)
+    grids = {m.taken_as for m in readers}
     if len(grids) != 1:
         return None
-    scale, zero, low, high = next(iter(grids))
-    if (low, high) == (0, 255) or layer.backend == "native":
-        return plain._replace(scale=scale, zero=zero, bounds=(low, high))
+    (grid,) = grids
+    (low, high), scale, zero = grid.bounds, grid.scale, grid.zero
+    assert scale is not None
+    if grid.bounds == PLAIN.bounds or layer.backend == "native":
+        return grid._replace(act=plain.act, arguments=plain.arguments, algorithm=plain.algorithm)
     # oneDNN saturates at a byte's ends only, but a ReLU can be cut where the codes end.
     if plain.act in ("relu", "hardtanh") and zero == low == 0:
         top = min([high * scale, *plain.arguments[1:]])

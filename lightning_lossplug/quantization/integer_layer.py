@@ -8,7 +8,7 @@ interface. Hence whatever is chosen has to pass a test on the layer's own weight
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import reachable
-from lightning_lossplug.quantization.emission import Emission, emitted
-from lightning_lossplug.quantization.linear_bytes import KINDS, LinearOnBytes, linear_on_bytes
+from lightning_lossplug.quantization.emission import PLAIN, Emission, emitted
+from lightning_lossplug.quantization.grid import check_choice
+from lightning_lossplug.quantization.linear_bytes import KINDS, LinearOnBytes, runs_here
 from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
 from lightning_lossplug.surgery.attention import unheard
 
 Backend = Literal["auto", "native", "onednn", "reference"]
-PLAIN = Emission()
 PACKS = 4  # shapes of a convolution's input whose packed weights are kept
 
 
@@ -108,11 +108,13 @@ class IntegerLayer(nn.Module):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not reachable(x):  # neither kernel is an operator that could be traced, or runs elsewhere
-            return emitted(self._product(x, "reference", PLAIN), self.emission)
-        if self.backend == "native":
+        # Neither kernel is an operator that could be traced, nor runs elsewhere than on the CPU.
+        kernel = self.backend if reachable(x) else "reference"
+        if kernel == "native":
             return self._alone(x.contiguous(), self.emission)
-        return self._product(x, self.backend, self.emission)
+        if kernel == "onednn" and self.emission.bounds == PLAIN.bounds:  # it saturates at a byte's ends only
+            return self._product(x, kernel, self.emission)
+        return emitted(self._product(x, kernel, PLAIN), self.emission)
 
     def _product(self, x: Tensor, kernel: str, emission: Emission) -> Tensor:
         if self.dynamic:
@@ -205,7 +207,11 @@ class IntegerLayer(nn.Module):
 
         Returns:
             Whether the choice could be made.
+
+        Raises:
+            LossplugError: Another name.
         """
+        check_choice("integer layer", "backend", backend, get_args(Backend))
         self.backend = "reference"
         self._native = None
         wanted = ("native", "onednn") if backend == "auto" else (backend,)
@@ -233,12 +239,12 @@ class IntegerLayer(nn.Module):
             return False
         low, high = self.bounds
         q = self.some_input()
-        if name == "native" and self.convolution is None:
+        if name == "native":
+            if self.convolution is not None or not runs_here(self.codes):
+                return False
             step = None if self.dynamic else float(self.input_scale)
             bounds = (low + self.shift, high + self.shift)
-            self._native = linear_on_bytes(self.codes, self.weight_scale, self.bias, step, self.input_byte, bounds)
-        if name == "native" and self._native is None:
-            return False
+            self._native = LinearOnBytes(self.codes, self.weight_scale, self.bias, step, self.input_byte, bounds)
         try:
             if self.dynamic and name == "native":
                 # Every row holds its largest code, so that its step is the one that was meant.

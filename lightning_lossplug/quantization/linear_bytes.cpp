@@ -48,24 +48,12 @@ template <class T> static float step_of(const T *from, int64_t count, int64_t to
     return step == 0 ? 1 : step;
 }
 
-// Codes of a row as bytes, written in whole sixteens: round(value / step) within bounds, ties to even.
-template <class T>
-static void to_bytes(const T *from, int64_t count, float step, float low, float high, int64_t zero, uint8_t *to) {
-    const __m512 by = _mm512_set1_ps(step), least = _mm512_set1_ps(low), most = _mm512_set1_ps(high);
-    const __m512i add = _mm512_set1_epi32((int32_t)zero);
-    for (int64_t k = 0; k < count; k += 16) {
-        const __m512 at = _mm512_div_ps(sixteen(from + k, first_of(count - k)), by);
-        const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(most, _mm512_max_ps(least, at)));
-        _mm_storeu_si128((__m128i *)(to + k), _mm512_cvtepi32_epi8(_mm512_add_epi32(codes, add)));
-    }
-}
-
 template <class T> static void bytes_of(const Call &call, int64_t first, int64_t count, uint8_t *to, float *steps) {
     const Linear &p = call.p;
     const T *from = (const T *)call.x + first * p.inputs;
     for (int64_t r = 0; r < count; r++, from += p.inputs, to += wide(p.inputs)) {
         steps[r] = p.top ? step_of(from, p.inputs, p.top) : (float)p.step;
-        to_bytes(from, p.inputs, steps[r], (float)p.low, (float)p.high, p.zero, to);
+        to_codes<false>(from, p.inputs, steps[r], p.low, p.high, p.zero, to);
     }
 }
 
@@ -84,8 +72,8 @@ INLINED __m512 gelu(__m512 x) {
     return _mm512_mask_max_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, x), half, half), far, _mm512_setzero_ps(), x);
 }
 
-INLINED __m512 silu(__m512 x, float slope) {  // x / (1 + exp(-slope x))
-    const __m512 away = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-slope)), _mm512_set1_ps(88.0f));
+INLINED __m512 silu(__m512 x) {  // x / (1 + exp(-x))
+    const __m512 away = _mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(88.0f));
     return _mm512_div_ps(x, _mm512_add_ps(exponential(away), _mm512_set1_ps(1.0f)));
 }
 
@@ -104,7 +92,7 @@ INLINED __m512 activated(const Linear &p, __m512 x) {
         case CLAMP: return clamped(x, (float)p.least, (float)p.most);
         case GELU: return gelu(x);
         case GELU_TANH: return gelu_tanh(x);
-        case SILU: return silu(x, 1.0f);
+        case SILU: return silu(x);
         case HARDSWISH: {
             const __m512 gate = _mm512_fmadd_ps(x, _mm512_set1_ps(1.0f / 6), _mm512_set1_ps(0.5f));
             return _mm512_mul_ps(x, clamped(gate, 0.0f, 1.0f));

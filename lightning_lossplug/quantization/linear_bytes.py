@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lossplug.errors import LossplugError
-from lightning_lossplug.native import load
+from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.emission import Emission
 
 SOURCE = Path(__file__).with_name("linear_bytes.cpp")
@@ -33,21 +33,24 @@ class _Linear(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    library = load(SOURCE)
-    if isinstance(library, str):
-        return None
-    library.lossplug_linear_bytes.restype = ctypes.c_int64
-    if library.lossplug_linear_bytes() != ctypes.sizeof(_Linear):
-        return None
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.lossplug_integer_linear.argtypes = [pointer, *[integer] * 3, *[pointer] * 3, integer]
-    library.lossplug_integer_linear.restype = None
+def _library() -> ctypes.CDLL | str:
+    library = load_with(SOURCE, _Linear, "lossplug_linear_bytes", "this processor has no VNNI, or has AMX")
+    if not isinstance(library, str):
+        integer, pointer = ctypes.c_int64, ctypes.c_void_p
+        library.lossplug_integer_linear.argtypes = [pointer, *[integer] * 3, *[pointer] * 3, integer]
+        library.lossplug_integer_linear.restype = None
     return library
+
+
+def runs_here(codes: Tensor) -> bool:
+    """Tells whether :class:`LinearOnBytes` can compute a layer: by processor, compiler, device and width."""
+    return not isinstance(_library(), str) and codes.device.type == "cpu" and 0 < codes.shape[1] <= WIDEST
 
 
 class LinearOnBytes:
     """A linear layer whose rows become bytes, are multiplied, and leave as values or bytes, in one pass.
+
+    Only where :func:`runs_here`.
 
     Args:
         codes: Weight codes, int8 ``[C_out, C_in]``, at most ``2**16`` inputs.
@@ -83,7 +86,9 @@ class LinearOnBytes:
         self.fields |= {"step": step or 0.0, "top": 0 if step is not None else int(high)}
         self.fields |= dict(zip(("weights", "sums", "scales", "bias"), (t.data_ptr() for t in self.held), strict=True))
         self._problems: dict[Emission, _Linear] = {}
-        self._function = _library().lossplug_integer_linear  # type: ignore[union-attr]
+        library = _library()
+        assert not isinstance(library, str), library
+        self._function = library.lossplug_integer_linear
 
     def __call__(self, x: Tensor, dtype: torch.dtype, emission: Emission, times: Tensor | None = None) -> Tensor:
         """Returns the layer's output ``[..., C_out]``.
@@ -99,7 +104,9 @@ class LinearOnBytes:
         """
         if not x.ndim or x.shape[-1] != self.inputs:
             raise LossplugError(
-                f"an input of shape {tuple(x.shape)}", where="integer layer", remedy=f"Its last axis has {self.inputs}"
+                f"an input of shape {tuple(x.shape)} for a layer of {self.inputs} inputs",
+                where="integer layer",
+                remedy=f"Give it {self.inputs} values in the last axis",
             )
         problem = self._problems.get(emission) or self._problem(emission)
         y = torch.empty(*x.shape[:-1], self.outputs, dtype=dtype if emission.scale is None else torch.uint8)
@@ -127,17 +134,3 @@ class LinearOnBytes:
             out_high=high - emission.zero,
         )
         return made
-
-
-def linear_on_bytes(
-    codes: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    step: float | None,
-    zero: int,
-    bounds: tuple[int, int],
-) -> LinearOnBytes | None:
-    """Returns the layer, or None where this processor or its compiler can't, or the layer is too wide."""
-    if _library() is None or codes.device.type != "cpu" or codes.shape[1] > WIDEST or codes.numel() == 0:
-        return None
-    return LinearOnBytes(codes, weight_scale, bias, step, zero, bounds)

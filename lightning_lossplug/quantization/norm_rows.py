@@ -53,8 +53,8 @@ class NormRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the norm of ``x``, in its dtype."""
         with unheard():
-            library = _library()
-            if x.dtype in (torch.float32, torch.bfloat16) and library is not None and takes(x):
+            # In this order: a compiler that traces this must not look into the loading of a library.
+            if x.dtype in (torch.float32, torch.bfloat16) and takes(x) and (library := _library()) is not None:
                 y, columns = torch.empty_like(x), x.shape[-1]
                 bias = None if self.bias is None else self.bias.data_ptr()
                 rows, threads = x.numel() // columns, max(1, min(torch.get_num_threads(), x.numel() // _EACH))

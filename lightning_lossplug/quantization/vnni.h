@@ -28,6 +28,24 @@ INLINED __m512 sixteen(const uint16_t *from, __mmask16 part) {  // bfloat16
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
+// Codes of a row plus a shift, round(value / step) within bounds, ties to even, written in whole sixteens (0 behind the
+// last); returns the sum of the codes, or 0.
+template <bool SUM, class T>
+static int32_t to_codes(const T *from, int64_t count, double step, double low, double high, int64_t shift, void *to) {
+    const __m512 by = _mm512_set1_ps((float)step), least = _mm512_set1_ps((float)low), most = _mm512_set1_ps((float)high);
+    const __m512i add = _mm512_set1_epi32((int32_t)shift);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < count; d += 16) {
+        const __mmask16 part = first_of(count - d);
+        const __m512 at = _mm512_div_ps(sixteen(from + d, part), by);
+        const __m512i codes = _mm512_cvtps_epi32(_mm512_min_ps(most, _mm512_max_ps(least, at)));
+        if (SUM) sum = _mm512_mask_add_epi32(sum, part, sum, codes);
+        const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_maskz_add_epi32(part, codes, add));
+        _mm_storeu_si128((__m128i *)((uint8_t *)to + d), bytes);
+    }
+    return SUM ? _mm512_reduce_add_epi32(sum) : 0;
+}
+
 // TILE rows of bytes times COUNT vectors of sixteen columns; keeps int32 sums. Four bytes of a row meet 64 bytes of a
 // vector: four neighbours of the summed axis for each of its columns.
 template <int COUNT>

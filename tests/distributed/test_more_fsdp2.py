@@ -30,7 +30,7 @@ RUNS += ["gaqat, accumulated", "sam", "asam", "online", "together"]
 @pytest.mark.parametrize("root_only", [False, True])
 @pytest.mark.parametrize("run", RUNS)
 def test_it_is_what_ddp_gives(found, run, root_only):
-    assert list(found[0]) == RUNS
+    assert list(found[0]) == [*RUNS, "refused"]
     want = found[0][run]["ddp"]
     got = found[0][run][f"fsdp2, {root_only}"]
     assert got.keys() == want.keys()
@@ -48,3 +48,14 @@ def test_it_is_what_ddp_gives(found, run, root_only):
 def test_resumed_runs_end_with_the_same_bits(found, run, shards):
     straight, resumed = (found[0][run][f"{how}, {shards}"] for how in ("straight", "resumed"))
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("name", ["SAM", "GradientAdaptiveQAT"])
+def test_two_passes_refuse_tensor_parallelism(found, name):
+    for rank in found:
+        line = rank["refused"][name]
+        assert "\n" not in line
+        assert name in line
+        assert "sharded by ModelParallelStrategy" in line
+        assert "tensor_parallel_size=1" in line

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from train_qat import Attending, Data, Net
 
 from lightning_lossplug.callbacks import QAT, SAM, GradientAdaptiveQAT, NMSparsity, OnlineDistillation, SwapLoss
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.surgery.shards import full
 
 
@@ -128,4 +129,11 @@ if __name__ == "__main__":
                 kind, path = sharded(plain, False), home / f"{run}_{shards}.ckpt"
                 found[run][f"straight, {shards}"] = fit(run, kind, fsdp2(shards), path)[1]
                 found[run][f"resumed, {shards}"] = fit(run, kind, fsdp2(shards), path, resume=True)[1]
+    for callback in (SAM(0.1), GradientAdaptiveQAT(4, 4)):
+        name = type(callback).__name__
+        RUNS[name] = (Net, lambda callback=callback: [callback], {})
+        try:
+            fit(name, sharded(Net, False), ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2))
+        except LossplugError as error:
+            found.setdefault("refused", {})[name] = str(error)
     torch.save(found, home / f"rank{rank}.pt")

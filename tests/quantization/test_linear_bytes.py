@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization import IntegerLayer, QATSettings, QATTechnique, integer_model
 from lightning_lossplug.quantization.emission import Emission, emitted
-from lightning_lossplug.quantization.linear_bytes import WIDEST, linear_on_bytes
+from lightning_lossplug.quantization.linear_bytes import WIDEST, LinearOnBytes, runs_here
 
 ACTS = [
     Emission(),
@@ -28,7 +28,7 @@ ACTS = [
 BOUNDS = [(0, 255, 128), (1, 255, 128), (0, 254, 127), (0, 15, 0), (0, 255, 3)]
 
 needs_function = pytest.mark.skipif(
-    linear_on_bytes(torch.ones(4, 4, dtype=torch.int8), torch.ones(4), None, 1.0, 0, (0, 255)) is None,
+    not runs_here(torch.ones(4, 4, dtype=torch.int8)),
     reason="this processor has no VNNI, or has AMX",
 )
 
@@ -41,7 +41,7 @@ def layer(rows, inputs, outputs, seed, bounds, bias=True, dynamic=False):
     added = torch.randn(outputs, generator=g) if bias else None
     x = torch.randn(rows, inputs, generator=g)
     step = None if dynamic else 0.03
-    return codes, scale, added, x, linear_on_bytes(codes, scale, added, step, zero, (low, high))
+    return codes, scale, added, x, LinearOnBytes(codes, scale, added, step, zero, (low, high))
 
 
 def by_definition(codes, scale, bias, x, bounds, step=0.03):
@@ -103,22 +103,22 @@ def test_rows_with_steps_of_their_own(rows, inputs, outputs, seed):
 def test_activations_at_their_ends():
     one = torch.ones(1, 1, dtype=torch.int8)
     x = torch.cat([torch.linspace(-9, 9, 4001), torch.tensor([-1e30, -200.0, -88.0, 88.0, 200.0, 1e30])])
-    function = linear_on_bytes(one, torch.ones(1), None, None, 127, (0, 254))
+    function = LinearOnBytes(one, torch.ones(1), None, None, 127, (0, 254))
     values = x[:, None]
     for act in ACTS:
         got = function(values, torch.float32, act)[:, 0]
         exact = emitted((values / 127).double() * 127, act)[:, 0].float()
         assert torch.allclose(got, exact, rtol=2e-6, atol=3e-6), act
-    lost = linear_on_bytes(one, torch.ones(1), torch.tensor([math.nan]), 1.0, 0, (0, 255))
+    lost = LinearOnBytes(one, torch.ones(1), torch.tensor([math.nan]), 1.0, 0, (0, 255))
     for act in ACTS:
         assert lost(torch.ones(3, 1), torch.float32, act).isnan().all(), act
 
 
 @needs_function
 def test_what_it_does_not_take():
-    assert linear_on_bytes(torch.ones(1, WIDEST + 1, dtype=torch.int8), torch.ones(1), None, 1.0, 0, (0, 255)) is None
+    assert not runs_here(torch.ones(1, WIDEST + 1, dtype=torch.int8))
     widest = torch.full((1, WIDEST), 127, dtype=torch.int8)
-    function = linear_on_bytes(widest, torch.ones(1), None, 1.0, 0, (0, 255))
+    function = LinearOnBytes(widest, torch.ones(1), None, 1.0, 0, (0, 255))
     assert float(function(torch.full((1, WIDEST), 255.0), torch.float32, Emission())) == WIDEST * 255 * 127
     assert function(torch.ones(0, WIDEST), torch.float32, Emission()).shape == (0, 1)
 
@@ -204,5 +204,18 @@ def test_inputs_of_other_kinds():
 @needs_function
 def test_another_width_is_refused():
     function = layer(1, 16, 4, 0, (0, 255, 128))[-1]
-    with pytest.raises(LossplugError, match="Its last axis has 16"):
+    with pytest.raises(LossplugError, match=r"shape \(4, 17\) for a layer of 16 inputs"):
         function(torch.randn(4, 17), torch.float32, Emission())
+
+
+@pytest.mark.parametrize("kernel", ["native", "onednn", "reference"])
+def test_a_fused_layer_keeps_its_activation_in_every_kernel(kernel):
+    net, x = quantised()
+    made, _ = integer_model(net)
+    with torch.no_grad():
+        want = made(x)
+        assert any(m.emission.act != "none" for m in made.modules() if isinstance(m, IntegerLayer))
+        for m in made.modules():
+            if isinstance(m, IntegerLayer) and not m.use(kernel):
+                pytest.skip(f"this processor has no {kernel} kernel")
+        assert (made(x) - want).abs().max() <= 0.03 * (want.max() - want.min())
