@@ -15,7 +15,7 @@ struct Problem {
     int8_t *key_codes;      // [batch, key_heads, deep(width) / 4, wide(keys), 4]
     int8_t *value_codes;    // [batch, key_heads, deep(keys) / 4, wide(value_width), 4]
     int32_t *key_sums;      // [batch, key_heads, wide(keys)]: what the shift of the queries adds to a score
-    float *out;             // [batch, rows, heads, value_width]
+    void *out;              // [batch, rows, heads, value_width], as the operands
 };
 
 #ifdef LOSSPLUG_VNNI
@@ -88,16 +88,16 @@ static void scores_of(const uint8_t *rows, int64_t apart, const int8_t *keys, co
     }
 }
 
-template <int COUNT>
+template <int COUNT, class T>
 static void values_of(const uint8_t *rows, int64_t apart, const int8_t *values, int64_t depth, int64_t across,
-                      float factor, float *const *out, int64_t count, int64_t columns) {
+                      float factor, T *const *out, int64_t count, int64_t columns) {
     __m512i sums[TILE][COUNT];
     product<COUNT>(rows, apart, values, 4 * across, 64, depth, sums);
     const __m512 times = _mm512_set1_ps(factor);
     for (int64_t r = 0; r < count; r++)
         for (int c = 0; c < COUNT; c++) {
             const __mmask16 part = first_of(columns - c * 16);
-            _mm512_mask_storeu_ps(out[r] + c * 16, part, _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), times));
+            put(out[r] + c * 16, part, _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][c]), times));
         }
 }
 
@@ -123,7 +123,7 @@ static void softmax(float *scores, int64_t seen, int64_t length, double step, in
     }
 }
 
-static void attend(const Problem &p, int64_t b, int64_t h, int64_t first) {
+template <class T> static void attend(const Problem &p, int64_t b, int64_t h, int64_t first) {
     const int64_t depth = deep(p.width), across = wide(p.keys), room = wide(p.value_width);
     const int64_t kv = b * p.key_heads + h / (p.heads / p.key_heads), count = std::min(BLOCK, p.rows - first);
     // A causal row sees the keys up to its own; the last row of the block sees the most.
@@ -143,17 +143,17 @@ static void attend(const Problem &p, int64_t b, int64_t h, int64_t first) {
         in_parts(length, [&](auto vectors, int64_t s) {
             scores_of<vectors>(from, wide(p.width), keys + s * 4, shifts + s, across, depth, factor, scores.data() + s);
         });
-        float *out[TILE];
+        T *out[TILE];
         for (int64_t r = 0; r < here; r++) {
             const int64_t row = first + done + r, seen = p.causal ? std::min(p.keys, row + 1) : p.keys;
             softmax(scores.data() + r * across, seen, length, p.probability_step, (int32_t)p.top, shares + r * across);
-            out[r] = p.out + ((b * p.rows + row) * p.heads + h) * p.value_width;
+            out[r] = (T *)p.out + ((b * p.rows + row) * p.heads + h) * p.value_width;
         }
         const float step = (float)(p.probability_step * p.value_step);
         in_parts(room, [&](auto vectors, int64_t d) {
-            float *to[TILE];
+            T *to[TILE];
             for (int64_t r = 0; r < here; r++) to[r] = out[r] + d;
-            values_of<vectors>(shares, across, values + d * 4, deep(most), room, step, to, here, p.value_width - d);
+            values_of<vectors, T>(shares, across, values + d * 4, deep(most), room, step, to, here, p.value_width - d);
         });
     }
 }
@@ -174,7 +174,7 @@ template <class T> static void run(const Problem &p) {
 #pragma omp for collapse(3) schedule(dynamic, 2)
         for (int64_t b = 0; b < p.batch; b++)
             for (int64_t h = 0; h < p.heads; h++)
-                for (int64_t block = 0; block < blocks; block++) attend(p, b, h, block * BLOCK);
+                for (int64_t block = 0; block < blocks; block++) attend<T>(p, b, h, block * BLOCK);
     }
 }
 

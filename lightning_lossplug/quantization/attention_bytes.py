@@ -15,6 +15,8 @@ from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.attention import OPERANDS, AttentionQuant
 from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
+from lightning_lossplug.quantization.tape import changed, is_taping, write_down
+from lightning_lossplug.surgery.attention import unheard
 
 SOURCE = Path(__file__).with_name("attention_bytes.cpp")
 LONGEST = 1 << 16  # keys whose products surely fit 32 bits
@@ -94,7 +96,8 @@ class IntegerAttention(AttentionQuant):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Takes the arguments of ``F.scaled_dot_product_attention``."""
         if not args and _plain(query, key, value, **kwargs):
-            return self._on_bytes(query, key, value, kwargs.get("is_causal", False), kwargs.get("scale"))
+            with unheard():
+                return self._on_bytes(query, key, value, kwargs.get("is_causal", False), kwargs.get("scale"))
         return super().forward(query, key, value, *args, **kwargs)
 
     def _on_bytes(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -105,14 +108,18 @@ class IntegerAttention(AttentionQuant):
         plan = self._plans.get(kind) or self._plan(kind, query, key, value)
         memory = torch.empty(plan.room, dtype=torch.uint8)
         batch, heads, rows, _ = query.shape
-        out = torch.empty(batch, rows, heads, value.shape[-1])  # as the layer behind it reads it
+        out = torch.empty(batch, rows, heads, value.shape[-1], dtype=query.dtype)  # as the layer behind it reads it
         problem = _Problem.from_buffer_copy(plan.problem)
         problem.query, problem.key, problem.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
         at = memory.data_ptr()
         problem.key_sums, problem.out = at, out.data_ptr()
         problem.key_codes, problem.value_codes, problem.query_codes = (at + offset for offset in plan.offsets)
         library.lossplug_integer_attention(ctypes.byref(problem))
-        return (out if query.dtype == torch.float32 else out.to(query.dtype)).transpose(1, 2)
+        if is_taping():
+            reads = {"query": query, "key": key, "value": value}
+            own = dict.fromkeys(("key_sums", "key_codes", "value_codes", "query_codes"), memory)
+            write_down(library.lossplug_integer_attention, problem, reads, own | {"out": out}, self)
+        return out.transpose(1, 2)
 
     def _plan(self, kind: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor) -> Plan:
         *_, causal, scale, available = kind
@@ -142,6 +149,7 @@ class IntegerAttention(AttentionQuant):
 def _read_again(attention: IntegerAttention, _: Any) -> None:
     attention.numbers = attention.read_numbers()
     attention._plans.clear()
+    changed()
 
 
 def _plain(

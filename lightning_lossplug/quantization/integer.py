@@ -16,6 +16,7 @@ from lightning_lossplug.quantization.gated_layer import fuse_gates
 from lightning_lossplug.quantization.integer_fuse import fuse_layers
 from lightning_lossplug.quantization.integer_layer import Backend, IntegerLayer
 from lightning_lossplug.quantization.norm_rows import replace_norms
+from lightning_lossplug.quantization.recorded import record_modules
 from lightning_lossplug.quantization.transform import QuantTransform
 from lightning_lossplug.surgery.attention import attending_layers, attention_of, replace_attention
 from lightning_lossplug.surgery.fold_norm import fold_batch_norm
@@ -99,7 +100,7 @@ def integer_model(
 ) -> tuple[nn.Module, dict[str, str]]:
     """Returns a copy of a QAT model with its quantised layers in integers.
 
-    The copy is in eval mode and computes what the QAT model computes in eval mode: each layer up to float32 rounding
+    The copy is in eval mode, has no gradients, and computes what the QAT model computes in eval mode: each layer up to float32 rounding
     (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
     Attention that was quantised (``attention_bits``) multiplies bytes too, where the processor can
     (:func:`integer_attention`). What has no integer form stays as it is, fake-quantised. ``made.bfloat16()`` runs what
@@ -141,7 +142,7 @@ def integer_model(
                 left[f"{name} (attention)"] = on_bytes
             else:
                 replace_attention(attending, on_bytes)
-    twin.eval()
+    twin.eval().requires_grad_(False)  # no gradient goes through integers
     if fuse:
         fuse_model(twin)
     return twin, left
@@ -150,10 +151,12 @@ def integer_model(
 def fuse_model(model: nn.Module) -> None:
     """Takes the batch norms and activations of a model with integer layers into them, in place.
 
-    Gated feed-forward modules become one (:func:`fuse_gates`), and layer norms and RMS norms functions of one pass
-    (:func:`replace_norms`), where a compiler is there.
+    Gated feed-forward modules become one (:func:`fuse_gates`), layer norms and RMS norms functions of one pass
+    (:func:`replace_norms`), and modules made of such functions alone, like the blocks of a ViT, run as one
+    (:func:`record_modules`), where a compiler is there.
     """
     fold_batch_norm(model, inplace=True)
     fuse_gates(model)
     fuse_layers(model)
     replace_norms(model)
+    record_modules(model)

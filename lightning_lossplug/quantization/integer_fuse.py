@@ -32,21 +32,22 @@ def fuse_layers(model: nn.Module) -> int:
     for region in traced_regions(model, lambda m: isinstance(m, (IntegerLayer, GatedLayer))):
         for node in region.graph.nodes:
             layer = region.layer(node)
-            if _is_fast(layer) and layer.emission == PLAIN:
+            if isinstance(layer, IntegerLayer) and layer.backend != "reference" and layer.emission == PLAIN:
                 fused += _fuse(region, node, layer)
     return fused
 
 
 def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
     node, act = _skip(region, node), None
-    if len(node.users) != 1:
+    if len(node.users) != 1 or (layer.dynamic and layer.function is None):
         return False
     found = next(iter(node.users))
     kind = ACTIVATIONS.get(type(region.layer(found)))  # type: ignore[arg-type]
     if kind is not None:
         act, node = found, _skip(region, found)
     plain = PLAIN if kind is None else kind(region.layer(act))
-    for emission in (_to_bytes(layer, plain, _readers(region, node)), plain):
+    as_bytes = None if layer.dynamic else _to_bytes(layer, plain, _readers(region, node))
+    for emission in (as_bytes, plain):
         if emission is not None and emission != PLAIN and _works(layer, emission):
             layer.emission = emission
             if act is not None:
@@ -69,7 +70,7 @@ def _readers(region: Region, node: fx.Node) -> list[IntegerLayer] | None:
 
 
 def _is_fast(layer: object) -> TypeGuard[IntegerLayer]:
-    # Steps that are known only when an input is there can't be built into the product, nor into the one before.
+    # Steps that are known only when an input is there can't be built into the product before.
     return isinstance(layer, IntegerLayer) and layer.backend != "reference" and not layer.dynamic
 
 
@@ -92,10 +93,8 @@ def _to_bytes(layer: IntegerLayer, plain: Emission, readers: list[IntegerLayer] 
 
 
 def _works(layer: IntegerLayer, emission: Emission) -> bool:
-    data = (layer.some_input() + layer.shift).to(torch.uint8)
     try:
-        plain = layer.on_bytes(data, layer.backend)
-        got = layer.on_bytes(data, layer.backend, emission).float()
+        plain, got = (layer.tried(out).float() for out in (PLAIN, emission))
     except RuntimeError:  # an activation that this processor's kernels don't know
         return False
     finally:

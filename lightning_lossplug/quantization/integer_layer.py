@@ -20,6 +20,7 @@ from lightning_lossplug.quantization.emission import PLAIN, Emission, emitted
 from lightning_lossplug.quantization.grid import check_choice
 from lightning_lossplug.quantization.linear_bytes import KINDS, LinearOnBytes, runs_here
 from lightning_lossplug.quantization.rows import to_bytes, to_values, with_step
+from lightning_lossplug.quantization.tape import changed
 from lightning_lossplug.surgery.attention import unheard
 
 Backend = Literal["auto", "native", "onednn", "reference"]
@@ -212,6 +213,7 @@ class IntegerLayer(nn.Module):
             LossplugError: Another name.
         """
         check_choice("integer layer", "backend", backend, get_args(Backend))
+        changed()
         self.backend = "reference"
         self._native = None
         wanted = ("native", "onednn") if backend == "auto" else (backend,)
@@ -233,6 +235,17 @@ class IntegerLayer(nn.Module):
         if self._native is None:
             raise RuntimeError("there is no function of our own for this layer on this processor")
         return self._native(q.contiguous(), torch.float32, emission)
+
+    def tried(self, emission: Emission) -> Tensor:
+        """Returns what the kernel makes of a small batch, the same every time, and of an emission.
+
+        Raises:
+            RuntimeError: It can't compute this.
+        """
+        q = self.some_input()
+        if self.dynamic:
+            return self._alone(q * 0.25, emission)
+        return self.on_bytes((q + self.shift).to(torch.uint8), self.backend, emission)
 
     def _agrees(self, name: str) -> bool:
         if self.codes.device.type != "cpu" or (self.convolution is not None and self.codes.ndim != 4):
@@ -280,6 +293,7 @@ class IntegerLayer(nn.Module):
         # Scales stay float32 whatever the model is cast to, as the kernels want them.
         kept = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
+        changed()
         if self.input_scale.dtype in (torch.float32, torch.bfloat16):
             self.float_dtype = self.input_scale.dtype
         for name, old in kept.items():

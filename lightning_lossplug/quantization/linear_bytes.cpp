@@ -18,18 +18,19 @@ struct Linear {
     const float *scales, *bias;           // [wide(outputs)]
 };
 
+struct Call {
+    const Linear *p;
+    int64_t rows, in, out, threads;
+    const void *x;                        // [rows, inputs]
+    const float *times;                   // [rows, outputs], multiplies what the activation gives; or null
+    const void *plus;                     // as y, which it is added to at last; or null
+    void *y;                              // [rows, outputs]
+};
+
 #if defined(LOSSPLUG_VNNI) && !defined(__AMX_INT8__)  // where there are tiles (AMX), oneDNN is faster
 
 #include <algorithm>
 #include <vector>
-
-struct Call {
-    const Linear &p;
-    int64_t rows, in, out;
-    const void *x;                        // [rows, inputs]
-    const float *times;                   // [rows, outputs], multiplies what the activation gives; or null
-    void *y;                              // [rows, outputs]
-};
 
 static const int64_t BLOCK = 16;  // tiles of rows that are turned into bytes at once: they stay in the second cache
 
@@ -49,7 +50,7 @@ template <class T> static float step_of(const T *from, int64_t count, int64_t to
 }
 
 template <class T> static void bytes_of(const Call &call, int64_t first, int64_t count, uint8_t *to, float *steps) {
-    const Linear &p = call.p;
+    const Linear &p = *call.p;
     const T *from = (const T *)call.x + first * p.inputs;
     for (int64_t r = 0; r < count; r++, from += p.inputs, to += wide(p.inputs)) {
         steps[r] = p.top ? step_of(from, p.inputs, p.top) : (float)p.step;
@@ -101,17 +102,17 @@ INLINED __m512 activated(const Linear &p, __m512 x) {
     }
 }
 
+template <class T> INLINED void put_sum(const Call &call, int64_t at, __m512 y, __mmask16 part) {
+    if (call.plus) y = _mm512_add_ps(y, sixteen((const T *)call.plus + at, part));
+    put((T *)call.y + at, part, y);
+}
+
 INLINED void store(const Call &call, int64_t at, __m512 y, __mmask16 part) {
-    const Linear &p = call.p;
+    const Linear &p = *call.p;
     if (call.times) y = _mm512_mul_ps(y, sixteen(call.times + at, part));
-    if (call.out == FLOAT32) {
-        _mm512_mask_storeu_ps((float *)call.y + at, part, y);
-    } else if (call.out == BFLOAT16) {  // to nearest, ties to even; NaN stays one
-        const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i half = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-        half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-        _mm256_mask_storeu_epi16((uint16_t *)call.y + at, part, _mm512_cvtepi32_epi16(half));
-    } else {
+    if (call.out == FLOAT32) put_sum<float>(call, at, y, part);
+    else if (call.out == BFLOAT16) put_sum<uint16_t>(call, at, y, part);
+    else {
         const __m512 code = clamped(_mm512_mul_ps(y, _mm512_set1_ps((float)(1 / p.out_step))), (float)p.out_low, (float)p.out_high);
         const __m512i byte = _mm512_add_epi32(_mm512_cvtps_epi32(code), _mm512_set1_epi32((int32_t)p.out_zero));
         _mm_mask_storeu_epi8((uint8_t *)call.y + at, part, _mm512_cvtepi32_epi8(byte));
@@ -121,7 +122,7 @@ INLINED void store(const Call &call, int64_t at, __m512 y, __mmask16 part) {
 template <int COUNT>
 static void tile_of(const Call &call, const uint8_t *bytes, int64_t apart, const float *steps, int64_t row, int64_t rows, int64_t column) {
     __m512i sums[TILE][COUNT];
-    const Linear &p = call.p;
+    const Linear &p = *call.p;
     const int64_t depth = deep(p.inputs);
     product<COUNT>(bytes, apart, p.weights + column * depth, 64, 16 * depth, depth, sums);
     for (int c = 0; c < COUNT; c++, column += 16) {
@@ -139,7 +140,7 @@ static void tile_of(const Call &call, const uint8_t *bytes, int64_t apart, const
 
 // Rows [first, end) times the vectors of columns [left, right).
 static void part_of(const Call &call, int64_t first, int64_t end, int64_t left, int64_t right) {
-    const Linear &p = call.p;
+    const Linear &p = *call.p;
     const int64_t apart = wide(p.inputs);
     thread_local std::vector<uint8_t> room;
     room.resize(BLOCK * TILE * apart);
@@ -164,12 +165,12 @@ static void part_of(const Call &call, int64_t first, int64_t end, int64_t left, 
 
 extern "C" {
 
-int64_t lossplug_linear_bytes() { return sizeof(Linear); }
+int64_t lossplug_linear_bytes() { return sizeof(Call); }
 
-void lossplug_integer_linear(const Linear *p, int64_t rows, int64_t in, int64_t out, const void *x, const float *times,
-                             void *y, int64_t threads) {
-    const Call call = {*p, rows, in, out, x, times, y};
-    const int64_t tiles = (rows + TILE - 1) / TILE, vectors = wide(p->outputs) / 16;
+void lossplug_integer_linear(const Call *given) {
+    const Call &call = *given;
+    const int64_t rows = call.rows, threads = call.threads;
+    const int64_t tiles = (rows + TILE - 1) / TILE, vectors = wide(call.p->outputs) / 16;
     // Rows are split among threads; few rows are quantised by each, and columns are split.
     const bool by_rows = tiles >= 4 * threads;
 #pragma omp parallel for schedule(static, 1) num_threads((int)threads)
@@ -187,7 +188,7 @@ extern "C" {
 
 int64_t lossplug_linear_bytes() { return 0; }  // no such instruction here
 
-void lossplug_integer_linear(const Linear *, int64_t, int64_t, int64_t, const void *, const float *, void *, int64_t) {}
+void lossplug_integer_linear(const Call *) {}
 }
 
 #endif

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.emission import Emission
+from lightning_lossplug.quantization.tape import is_taping, write_down
 
 SOURCE = Path(__file__).with_name("linear_bytes.cpp")
 WIDEST = 1 << 16  # inputs whose products surely fit 32 bits
@@ -32,12 +33,19 @@ class _Linear(ctypes.Structure):
     ]
 
 
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("problem", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "kind", "out_kind", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "times", "plus", "y")),
+    ]
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
-    library = load_with(SOURCE, _Linear, "lossplug_linear_bytes", "this processor has no VNNI, or has AMX")
+    library = load_with(SOURCE, _Call, "lossplug_linear_bytes", "this processor has no VNNI, or has AMX")
     if not isinstance(library, str):
-        integer, pointer = ctypes.c_int64, ctypes.c_void_p
-        library.lossplug_integer_linear.argtypes = [pointer, *[integer] * 3, *[pointer] * 3, integer]
+        library.lossplug_integer_linear.argtypes = [ctypes.c_void_p]
         library.lossplug_integer_linear.restype = None
     return library
 
@@ -112,12 +120,15 @@ class LinearOnBytes:
         y = torch.empty(*x.shape[:-1], self.outputs, dtype=dtype if emission.scale is None else torch.uint8)
         rows = x.numel() // self.inputs
         if rows:
-            self._function(
-                ctypes.addressof(problem),
-                *(rows, KINDS[x.dtype], KINDS[y.dtype], x.data_ptr()),
-                *(None if times is None else times.data_ptr(), y.data_ptr()),
+            call = _Call(
+                *(ctypes.addressof(problem), rows, KINDS[x.dtype], KINDS[y.dtype]),
                 max(1, min(torch.get_num_threads(), rows * self.inputs * self.outputs // _EACH)),
+                *(x.data_ptr(), None if times is None else times.data_ptr(), None, y.data_ptr()),
             )
+            self._function(ctypes.addressof(call))
+            if is_taping():
+                reads = {"x": x} if times is None else {"x": x, "times": times}
+                write_down(self._function, call, reads, {"y": y}, self, "plus" if emission.scale is None else None)
         return y
 
     def _problem(self, emission: Emission) -> _Linear:

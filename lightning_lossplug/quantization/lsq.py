@@ -21,7 +21,7 @@ from lightning_lossplug.quantization.grid import (
     integer_range,
     sum_like,
 )
-from lightning_lossplug.quantization.observers import mse_step, scale_of_range
+from lightning_lossplug.quantization.least_error import mse_step, scale_of_range
 from lightning_lossplug.registry import register
 
 

@@ -20,6 +20,7 @@ from lightning_lossplug.quantization.grid import (
     integer_range,
     sum_like,
 )
+from lightning_lossplug.quantization.least_error import mse_ends, mse_step
 from lightning_lossplug.registry import register
 
 
@@ -98,8 +99,7 @@ def lsq_plus(
 class LSQPlus(Quantizer):
     r"""LSQ with a learned offset and its initialisation; see :func:`lsq_plus`.
 
-    Weights are symmetric (beta stays 0) with
-    :math:`s = \max(|\mu-3\sigma|, |\mu+3\sigma|)/2^{b-1}`; activations start from the range of the first batch.
+    Weights are symmetric: beta stays 0.
 
     Args:
         bits: 2 to 8.
@@ -107,6 +107,9 @@ class LSQPlus(Quantizer):
         integer_zero_point: Round the offset to a whole code in every pass, so that 0 (zero padding) is exact and the
             integer model is the trained one; False is the paper's float offset, which has no integer form.
         grad_scale: ``paper``, ``numel`` or ``none``.
+        init: ``lsq_plus``: weights from :math:`s = \max(|\mu-3\sigma|, |\mu+3\sigma|)/2^{b-1}`, as published, and
+            activations from the range of the first batch. ``mse``: the step, or step and offset, of least squared
+            error on a grid.
         per_channel: One step per index of ``axis``.
         group_size: One step per this many consecutive entries of a channel.
         axis: Axis of the channels.
@@ -130,6 +133,7 @@ class LSQPlus(Quantizer):
         learn_offset: bool = True,
         integer_zero_point: bool = True,
         grad_scale: Literal["paper", "numel", "none"] = "paper",
+        init: Literal["lsq_plus", "mse"] = "lsq_plus",
         per_channel: bool = False,
         group_size: int | None = None,
         axis: int = 0,
@@ -139,6 +143,8 @@ class LSQPlus(Quantizer):
         super().__init__(per_channel, group_size, axis, role, init_batches)
         self.bits = check_bits(self.name, bits, 2, 8)
         check_choice(self.name, "grad_scale", grad_scale, ("paper", "numel", "none"))
+        check_choice(self.name, "init", init, ("lsq_plus", "mse"))
+        self.init = init
         self.grad_scale = "numel" if grad_scale == "paper" and role == "weight" else grad_scale
         self.integer_zero_point = integer_zero_point
         self.learn_offset = learn_offset and role == "activation"
@@ -154,9 +160,11 @@ class LSQPlus(Quantizer):
         n, p = self.bounds
         dims = self.layout.dims(x.ndim)
         if self.learn_offset:
-            lo, hi = x.min().clamp_max(0), x.max().clamp_min(0)
+            lo, hi = mse_ends(x, p - n + 1) if self.init == "mse" else (x.min().clamp_max(0), x.max().clamp_min(0))
             s = ((hi - lo) / (p - n)).clamp_min(EPS).reshape(1)
             self.beta.data.copy_((lo - n * s).reshape(1))
+        elif self.init == "mse":
+            s = mse_step(x, dims, n, p).clamp_min(EPS)
         else:
             mean, sigma = x.mean(dims, keepdim=True), x.std(dims, correction=0, keepdim=True)
             reach = torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs())

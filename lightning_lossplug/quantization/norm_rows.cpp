@@ -4,15 +4,24 @@
 
 #include "bfloat16.h"
 
+struct Norm {
+    int64_t size, rows, columns, centred, threads;  // size: 4 for float32, 2 for bfloat16
+    double eps;
+    const float *weight, *bias;  // [columns]; bias may be null
+    const void *x;               // [rows, columns]
+    void *y;                     // may be x
+};
+
 template <class T>
-static void norm(const T *x, int64_t rows, int64_t columns, const float *weight, const float *bias, double eps,
-                 bool centred, T *y, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *in = x + r * columns;
-        T *out = y + r * columns;
+static void norm(const Norm &p) {
+    const int64_t columns = p.columns;
+    const float *weight = p.weight, *bias = p.bias;
+#pragma omp parallel for schedule(static) num_threads((int)p.threads)
+    for (int64_t r = 0; r < p.rows; r++) {
+        const T *in = (const T *)p.x + r * columns;
+        T *out = (T *)p.y + r * columns;
         float mean = 0, square = 0;
-        if (centred) {
+        if (p.centred) {
 #pragma omp simd reduction(+ : mean)
             for (int64_t c = 0; c < columns; c++) mean += wide(in[c]);
             mean /= (float)columns;
@@ -22,7 +31,7 @@ static void norm(const T *x, int64_t rows, int64_t columns, const float *weight,
             const float off = wide(in[c]) - mean;
             square += off * off;
         }
-        const float scale = (float)(1 / std::sqrt((double)square / (double)columns + eps));
+        const float scale = (float)(1 / std::sqrt((double)square / (double)columns + p.eps));
         if (bias)
             for (int64_t c = 0; c < columns; c++) narrow((wide(in[c]) - mean) * scale * weight[c] + bias[c], out + c);
         else
@@ -30,9 +39,12 @@ static void norm(const T *x, int64_t rows, int64_t columns, const float *weight,
     }
 }
 
-// x and y: float32 (size 4) or bfloat16 (2), [rows, columns]; y may be x. bias may be null.
-extern "C" void lossplug_norm_rows(const void *x, int64_t size, int64_t rows, int64_t columns, const float *weight,
-                                   const float *bias, double eps, int64_t centred, void *y, int64_t threads) {
-    if (size == 4) norm((const float *)x, rows, columns, weight, bias, eps, centred, (float *)y, (int)threads);
-    else norm((const uint16_t *)x, rows, columns, weight, bias, eps, centred, (uint16_t *)y, (int)threads);
+extern "C" {
+
+int64_t lossplug_norm_bytes() { return sizeof(Norm); }
+
+void lossplug_norm_rows(const Norm *p) {
+    if (p->size == 4) norm<float>(*p);
+    else norm<uint16_t>(*p);
+}
 }

@@ -10,21 +10,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_lossplug.native import load, takes
+from lightning_lossplug.native import load_with, takes
+from lightning_lossplug.quantization.tape import changed, is_taping, write_down
 from lightning_lossplug.surgery.attention import unheard
 
 SOURCE = Path(__file__).with_name("norm_rows.cpp")
 _EACH = 1 << 14  # entries that are worth a thread
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "rows", "columns", "centred", "threads")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "x", "y")),
+    ]
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = load(SOURCE)
+    library = load_with(SOURCE, _Norm, "lossplug_norm_bytes", "its arguments have another layout")
     if isinstance(library, str):
         return None
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    sizes = [pointer, integer, integer, integer, pointer, pointer, ctypes.c_double, integer, pointer, integer]
-    library.lossplug_norm_rows.argtypes = sizes  # type: ignore[assignment]
+    library.lossplug_norm_rows.argtypes = [ctypes.c_void_p]
     library.lossplug_norm_rows.restype = None
     return library
 
@@ -58,8 +65,11 @@ class NormRows(nn.Module):
                 y, columns = torch.empty_like(x), x.shape[-1]
                 bias = None if self.bias is None else self.bias.data_ptr()
                 rows, threads = x.numel() // columns, max(1, min(torch.get_num_threads(), x.numel() // _EACH))
-                size = (x.element_size(), rows, columns, self.weight.data_ptr(), bias, self.eps, self.centred)
-                library.lossplug_norm_rows(x.data_ptr(), *size, y.data_ptr(), threads)
+                sizes = (x.element_size(), rows, columns, self.centred, threads, self.eps)
+                call = _Norm(*sizes, self.weight.data_ptr(), bias, x.data_ptr(), y.data_ptr())
+                library.lossplug_norm_rows(ctypes.addressof(call))
+                if is_taping():
+                    write_down(library.lossplug_norm_rows, call, {"x": x}, {"y": y}, (self.weight, self.bias))
                 return y
             wide = x.float()
             if self.centred:
@@ -72,6 +82,7 @@ class NormRows(nn.Module):
         super()._apply(fn, recurse)
         for name, old in kept.items():
             self._buffers[name] = old.to(self.weight.device)
+        changed()
         return self
 
     def extra_repr(self) -> str:

@@ -89,25 +89,6 @@ def mse_range(
     return best_lo, best_hi
 
 
-def scale_of_range(x: Tensor, dims: Dims, qn: float, qp: float) -> Tensor:
-    """Returns the least step whose grid ``[qn, qp] * step`` holds all values."""
-    lo, hi = minmax_range(x, dims)
-    return torch.maximum(hi / qp, lo / qn if qn else torch.zeros_like(lo)).clamp_min(0)
-
-
-def mse_step(x: Tensor, dims: Dims, qn: float, qp: float) -> Tensor:
-    """Returns the step with the least squared error among 80 fractions of the min-max step."""
-    full = scale_of_range(x, dims, qn, qp)
-    best, least = full, torch.full_like(full, torch.inf)
-    for i in range(80):
-        step = full * (1 - 0.01 * i)
-        safe = step.clamp_min(EPS)
-        error = (x - (x / safe).clamp(qn, qp).round() * safe).square().mean(list(dims), keepdim=True)
-        better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
-    return best
-
-
 def _affine(x: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:
     return ((x / s).round() + z).clamp(low, high).sub(z) * s
 

@@ -45,6 +45,7 @@ from lightning_lossplug.surgery.select import (
 from lightning_lossplug.surgery.shards import full
 from lightning_lossplug.technique import Technique
 
+SEARCHED = ("lsq", "lsq_plus")  # up to 4 bits their steps start at the least squared error; see QATSettings
 ENDS = ("output layer", "first convolution")  # reasons of default_exclusions that first_last_bits overrides
 
 
@@ -166,6 +167,8 @@ class QATSettings:
             options["group_size"] = self.group_size
         else:
             options["init_batches"] = self.init_batches
+        if entry.name in SEARCHED and bits <= 4:
+            options["init"] = "mse"
         given = (self.weight_options if role == "weight" else self.activation_options) if own else {}
         options = {key: value for key, value in options.items() if key in known}
         quantizer: Quantizer = registry.create("quantizer", entry.name, **(options | given))

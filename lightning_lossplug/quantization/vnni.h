@@ -28,6 +28,15 @@ INLINED __m512 sixteen(const uint16_t *from, __mmask16 part) {  // bfloat16
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
+INLINED void put(float *to, __mmask16 part, __m512 y) { _mm512_mask_storeu_ps(to, part, y); }
+
+INLINED void put(uint16_t *to, __mmask16 part, __m512 y) {  // bfloat16, to nearest, ties to even; NaN stays one
+    const __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i half = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    half = _mm512_mask_mov_epi32(half, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_mask_storeu_epi16(to, part, _mm512_cvtepi32_epi16(half));
+}
+
 // Codes of a row plus a shift, round(value / step) within bounds, ties to even, written in whole sixteens (0 behind the
 // last); returns the sum of the codes, or 0.
 template <bool SUM, class T>

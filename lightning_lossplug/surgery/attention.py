@@ -33,7 +33,11 @@ class AttendingLayer(SwappedLayer):
     own_stack = transforms_name(ATTENTION)
 
 
-class _Listener(TorchFunctionMode):
+class Listening(TorchFunctionMode):
+    """A mode that has no interest in what is computed within :func:`unheard`."""
+
+
+class _Listener(Listening):
     def __init__(self, compute: Callable[..., Any]) -> None:
         super().__init__()
         self.compute = compute
@@ -46,12 +50,12 @@ class _Listener(TorchFunctionMode):
 
 
 def unheard() -> AbstractContextManager[Any]:
-    """Returns a context whose functions an attending module around it does not listen to, for code without attention.
+    """Returns a context whose functions nobody listens to, no attending module and no tape, for code without attention.
 
     Listening costs microseconds at every call, which the integer layers of a small model would feel.
     """
     depth = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
-    if depth and isinstance(torch._C._get_function_stack_at(depth - 1), _Listener):
+    if depth and isinstance(torch._C._get_function_stack_at(depth - 1), Listening):
         return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
     return _NOTHING
 

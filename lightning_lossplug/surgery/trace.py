@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +75,26 @@ def _regions(path: str, module: nn.Module, leaf: Callable[[nn.Module], bool], sh
         yield from _regions(f"{path}.{name}" if path else name, child, leaf, shared)
 
 
-def _trace(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> fx.Graph | None:
-    # A forward that keeps its last values would keep symbols.
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Takes back what a forward that keeps its last values keeps."""
     kept = [(m, vars(m).copy(), m._buffers.copy()) for m in module.modules()]
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
-        fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        with torch.no_grad():
-            return _Tracer(leaf).trace(module, concrete_args=fixed)
-    except Exception:  # whatever a foreign forward does with a symbol
-        return None
+        yield
     finally:
         for m, attributes, buffers in kept:
             vars(m).clear()
             vars(m).update(attributes)
             m._buffers.clear()
             m._buffers.update(buffers)
+
+
+def _trace(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> fx.Graph | None:
+    with undisturbed(module):  # or it would keep symbols
+        try:
+            parameters = inspect.signature(module.forward).parameters.values()
+            fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+            with torch.no_grad():
+                return _Tracer(leaf).trace(module, concrete_args=fixed)
+        except Exception:  # whatever a foreign forward does with a symbol
+            return None

@@ -23,9 +23,15 @@ from lightning_lossplug.integrations.schedule import cosine_per_step
 
 SEVERAL = {
     "LSQ": {},
-    "LSQ, weights of least error": {"weight_options": {"init": "mse"}},
-    "LSQ, all of least error": {"weight_options": {"init": "mse"}, "activation_options": {"init": "mse"}},
-    "LSQ+": {"weight": "lsq_plus", "activation": "lsq_plus"},
+    "LSQ, started as published": {"weight_options": {"init": "lsq"}, "activation_options": {"init": "lsq"}},
+    "LSQ, inputs started as published": {"activation_options": {"init": "lsq"}},
+    "LSQ, inputs LSQ+": {"activation": "lsq_plus"},
+    "LSQ+, started as published": {
+        "weight": "lsq_plus",
+        "activation": "lsq_plus",
+        "weight_options": {"init": "lsq_plus"},
+        "activation_options": {"init": "lsq_plus"},
+    },
     "EWGS": {"weight": "ewgs", "activation": "ewgs"},
     "DoReFa, inputs PACT": {"weight": "dorefa", "activation": "pact", "activation_options": {"alpha_init": None}},
 }
@@ -36,6 +42,7 @@ METHODS = {
     "W2A8": {
         "SEQ": {},
         "LSQ": {"weight": "lsq"},
+        "LSQ, started as published": {"weight": "lsq", "weight_options": {"init": "lsq"}},
         "EWGS": {"weight": "ewgs"},
     },
     "W1.58A8": {"SEQ": {}, "TBT": {"weight": "tbt", "weight_options": {"weight_bits": 2}}},
