@@ -20,10 +20,10 @@ from lightning_lossplug.surgery.attention import unheard
 
 SOURCE = Path(__file__).with_name("attention_bytes.cpp")
 LONGEST = 1 << 16  # keys whose products surely fit 32 bits
-_TYPES = {torch.float32: 4, torch.bfloat16: 2}
+TYPES = {torch.float32: 4, torch.bfloat16: 2}
 PLANS = 32  # kinds of calls whose numbers are kept
-_TILE = 6  # rows that a product takes at once, as in the source
-_EACH = 1 << 15  # products of rows and keys that are worth a thread
+TILE = 6  # rows that a product takes at once, as in the source
+EACH = 1 << 15  # products of rows and keys that are worth a thread
 _INTEGERS = [
     *("batch", "heads", "key_heads", "rows", "keys", "width", "value_width", "size", "causal", "threads"),
     *("query_low", "query_high", "query_shift", "key_low", "key_high", "value_low", "value_high", "top"),
@@ -95,7 +95,7 @@ class IntegerAttention(AttentionQuant):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Takes the arguments of ``F.scaled_dot_product_attention``."""
-        if not args and _plain(query, key, value, **kwargs):
+        if not args and plain_call(query, key, value, **kwargs):
             with unheard():
                 return self._on_bytes(query, key, value, kwargs.get("is_causal", False), kwargs.get("scale"))
         return super().forward(query, key, value, *args, **kwargs)
@@ -128,10 +128,10 @@ class IntegerAttention(AttentionQuant):
         depth, inner = -(-width // 4) * 4, -(-keys // 4) * 4
         # Key sums, key codes, value codes and query codes, in one piece of memory.
         parts = [batch * key_heads * n for n in (across * 4, depth * across, inner * room)]
-        size = sum(parts) + (batch * heads * rows + _TILE) * -(-width // 16) * 16
+        size = sum(parts) + (batch * heads * rows + TILE) * -(-width // 16) * 16
         problem = _Problem(
-            *(batch, heads, key_heads, rows, keys, width, value_width, _TYPES[query.dtype], causal),
-            max(1, min(available, batch * heads * rows * keys // _EACH)),
+            *(batch, heads, key_heads, rows, keys, width, value_width, TYPES[query.dtype], causal),
+            max(1, min(available, batch * heads * rows * keys // EACH)),
             *self.numbers.limits,
             *((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (query, key, value)),
             *self.numbers.steps,
@@ -152,7 +152,7 @@ def _read_again(attention: IntegerAttention, _: Any) -> None:
     changed()
 
 
-def _plain(
+def plain_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -162,7 +162,7 @@ def _plain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether a call is one that the function computes."""
+    """Whether the functions compute such a call of ``F.scaled_dot_product_attention``."""
     tensors = (query, key, value)
     if attn_mask is not None or dropout_p or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return False
@@ -171,7 +171,7 @@ def _plain(
     for t in tensors:
         if type(t) is not Tensor or t.device.type != "cpu" or t.dtype != query.dtype or t.ndim != 4 or t.stride(3) != 1:
             return False
-    if query.dtype not in _TYPES or torch.is_autocast_enabled("cpu"):
+    if query.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
         return False
     heads, key_heads = query.shape[1], key.shape[1]
     shared = heads == key_heads or (enable_gqa and heads % key_heads == 0)

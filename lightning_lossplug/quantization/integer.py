@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.attention import AttentionQuant
 from lightning_lossplug.quantization.attention_bytes import integer_attention
+from lightning_lossplug.quantization.attention_floats import replace_attentions
 from lightning_lossplug.quantization.base import Codes, Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
 from lightning_lossplug.quantization.gated_layer import fuse_gates
@@ -100,8 +101,9 @@ def integer_model(
 ) -> tuple[nn.Module, dict[str, str]]:
     """Returns a copy of a QAT model with its quantised layers in integers.
 
-    The copy is in eval mode, has no gradients, and computes what the QAT model computes in eval mode: each layer up to float32 rounding
-    (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to the other one.
+    The copy is in eval mode, has no gradients, and computes what the QAT model computes in eval mode: each layer up to
+    float32 rounding (1e-5 of its output's range), which in a deep model may move a value that lies between two codes to
+    the other one.
     Attention that was quantised (``attention_bits``) multiplies bytes too, where the processor can
     (:func:`integer_attention`). What has no integer form stays as it is, fake-quantised. ``made.bfloat16()`` runs what
     is left of floating point in bfloat16; scales stay float32. Compiled, traced or exported, and on other devices than
@@ -110,8 +112,8 @@ def integer_model(
     Args:
         model: A module with plugged layers, on the CPU for the fast kernels.
         backend: ``auto``, or ``native``, ``onednn`` (an error where they can't) or ``reference``.
-        fuse: Take batch norms and activations into the layers before them, and hand bytes from layer to layer where
-            the forward can be traced; see :func:`fold_batch_norm` and :func:`fuse_layers`.
+        fuse: Take batch norms and activations into the layers before them, hand bytes from layer to layer where the
+            forward can be traced, and run what is left in functions of our own; see :func:`fuse_model`.
 
     Returns:
         The model, and ``{path: reason}`` for the layers and attention modules that stay.
@@ -151,12 +153,13 @@ def integer_model(
 def fuse_model(model: nn.Module) -> None:
     """Takes the batch norms and activations of a model with integer layers into them, in place.
 
-    Gated feed-forward modules become one (:func:`fuse_gates`), layer norms and RMS norms functions of one pass
-    (:func:`replace_norms`), and modules made of such functions alone, like the blocks of a ViT, run as one
-    (:func:`record_modules`), where a compiler is there.
+    Where a compiler is there, gated feed-forward modules become one (:func:`fuse_gates`), norms and attention functions
+    of one pass (:func:`replace_norms`, :func:`replace_attentions`), and modules made of such functions alone, like the
+    blocks of a ViT, run as one (:func:`record_modules`).
     """
     fold_batch_norm(model, inplace=True)
     fuse_gates(model)
     fuse_layers(model)
     replace_norms(model)
+    replace_attentions(model)
     record_modules(model)

@@ -139,7 +139,10 @@ def _works(module: nn.Module) -> bool:
     if len([p for p in needed if p.kind is not inspect.Parameter.VAR_KEYWORD]) != 1:
         return False
     first = layers[0]
-    width = first.codes.shape[1] if isinstance(first, IntegerLayer) else len(first.weight)
+    return _same(module, first.codes.shape[1] if isinstance(first, IntegerLayer) else len(first.weight))
+
+
+def _same(module: nn.Module, width: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(2, 5, width, generator=generator) for _ in range(2))
     with undisturbed(module):

@@ -149,7 +149,9 @@ def find_attention(model: nn.Module) -> dict[str, tuple[Any, str | None]]:
             found[name] = module, "nn.MultiheadAttention attends inside one function of torch"
         elif isinstance(module, AttendingLayer):
             found[name] = module, None
-        elif not type(module).__module__.startswith("torch.nn.") and _names(type(module)) & CALLED:  # type: ignore[arg-type]
+        elif isinstance(module, WeightTransform) or type(module).__module__.startswith("torch.nn."):
+            continue
+        elif _names(type(module)) & CALLED:  # type: ignore[arg-type]
             found[name] = module, _reason(module)
     return found
 
