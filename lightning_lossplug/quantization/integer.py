@@ -13,6 +13,7 @@ from lightning_lossplug.quantization.attention_bytes import integer_attention
 from lightning_lossplug.quantization.attention_floats import replace_attentions
 from lightning_lossplug.quantization.base import Codes, Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
+from lightning_lossplug.quantization.fold_scale import fold_layer_scales
 from lightning_lossplug.quantization.gated_layer import fuse_gates
 from lightning_lossplug.quantization.integer_fuse import fuse_layers
 from lightning_lossplug.quantization.integer_layer import Backend, IntegerLayer
@@ -151,13 +152,14 @@ def integer_model(
 
 
 def fuse_model(model: nn.Module) -> None:
-    """Takes the batch norms and activations of a model with integer layers into them, in place.
+    """Takes the batch norms, layer scales and activations of a model with integer layers into them, in place.
 
     Where a compiler is there, gated feed-forward modules become one (:func:`fuse_gates`), norms and attention functions
     of one pass (:func:`replace_norms`, :func:`replace_attentions`), and modules made of such functions alone, like the
     blocks of a ViT, run as one (:func:`record_modules`).
     """
     fold_batch_norm(model, inplace=True)
+    fold_layer_scales(model)
     fuse_gates(model)
     fuse_layers(model)
     replace_norms(model)

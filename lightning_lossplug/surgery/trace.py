@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lightning_lossplug.surgery.plug import WeightTransform
+
 
 @dataclass(frozen=True)
 class Region:
@@ -47,7 +49,7 @@ class _Tracer(fx.Tracer):
         self._leaf = leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return self._leaf(m) or isinstance(m, WeightTransform) or super().is_leaf_module(m, module_qualified_name)
 
 
 def traced_regions(model: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Region]:

@@ -189,7 +189,7 @@ def test_inputs_of_other_kinds():
     made, _ = integer_model(net)
     with torch.no_grad():
         want = made(x)
-        close = 0.03 * (want.max() - want.min())
+        close = 0.1 * (want.max() - want.min())  # a value that goes to the other one of its 16 codes
         for other in (x.double(), x.half(), x.bfloat16(), x.as_subclass(Odd), x.t().contiguous().t()):
             assert (made(other) - want).abs().max() <= close
         assert made(x[:0]).shape == (0, 8) and made(x[0]).shape == (8,)

@@ -265,7 +265,7 @@ def test_checkpoints_copies_and_pickles(tmp_path):
     other = Convolutions()
     technique.attach(other)
     other.load_state_dict(big.state_dict(), strict=True)
-    expected = create("lsq", bits=4, per_channel=True).initialize(big.net[4].weight)
+    expected = create("lsq", bits=4, per_channel=True, init="mse").initialize(big.net[4].weight)
     torch.testing.assert_close(other.net[4].weight, expected(big.net[4].weight))
 
 

@@ -30,11 +30,11 @@ def _no_gradients():
         yield
 
 
-def vit(**options):
+def vit(attention_bits=8, made_with=(), **options):
     torch.manual_seed(0)
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
-    model, x = timm.create_model("vit_tiny_patch16_224", **shape), torch.randn(4, 3, 32, 32)
-    QATTechnique(QATSettings(8, 8, attention_bits=8, **options)).attach(model)
+    model, x = timm.create_model("vit_tiny_patch16_224", **shape, **dict(made_with)), torch.randn(4, 3, 32, 32)
+    QATTechnique(QATSettings(8, 8, attention_bits=attention_bits, **options)).attach(model)
     model.train()(x)
     return model.eval(), x
 
@@ -94,6 +94,27 @@ def test_it_is_the_quantised_model():
         got = made(x)
     assert isinstance(programs(made)[0], Program)
     assert (got - model(x)).abs().max() <= 0.03 * model(x).abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize(
+    "kind",
+    [{"init_values": 0.3}, {"qk_norm": True}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}],
+)
+def test_vits_of_other_kinds(bits, kind):
+    model, x = vit(bits, kind)
+    for name, p in model.named_parameters():
+        if name.endswith("gamma"):
+            p.copy_(torch.linspace(-1, 1, len(p)))
+    made, _ = integer_model(model)
+    # Norms of queries and keys read rows that don't lie together.
+    assert [type(m).__name__ for m in recorded(made)] == (
+        ["RecordedMlp"] * 2 if "qk_norm" in kind else ["RecordedSequential"]
+    )
+    want = model(x)
+    for _ in range(3):
+        assert (made(x) - want).abs().max() <= 0.03 * want.abs().max()
+    assert [len(p) for p in programs(made)] == ([2, 2] if "qk_norm" in kind else [14])
 
 
 def test_other_numbers_are_seen():
