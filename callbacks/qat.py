@@ -102,6 +102,10 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
     :func:`lightning_lossplug.integrations.packed.save_packed` a file of packed codes. Under FSDP2
     (``ModelParallelStrategy``) scales are sharded and averaged as weights are; FSDPStrategy is refused.
 
+    Start from a trained model. A learned step cuts a weight off where it started, and follows it by the learning rate
+    only; a network that still has to grow its weights trains better with ``weight="fake_quant"`` and
+    ``activation="fake_quant"``, whose ranges are those of the data at every step.
+
     Args:
         bits_w: Bits of the weights: 1, 1.58 or 2 to 8; null leaves them as they are.
         bits_a: Bits of each layer's input, 2 to 8; null leaves it as it is.
@@ -114,8 +118,10 @@ class QAT(ScaleCallback[QATTechnique[QATSettings]]):
         exclude: Glob patterns that are left out.
         first_last_bits: Bits of the first convolution and the output layer; null leaves them as they are. The step of
             the first convolution's input is the range of the first batches; it isn't learned.
-        weight_options: Further parameters of the weights' quantiser.
-        activation_options: Further parameters of the inputs' quantiser.
+        weight_options: Further parameters of the weights' quantiser. Up to 4 bits the steps of ``lsq`` and
+            ``lsq_plus`` start at the least squared error (``init="mse"``), which SmolLM2 in 4 bits needs; the papers'
+            starts are ``init="lsq"`` and ``init="lsq_plus"``.
+        activation_options: Further parameters of the inputs' quantiser; they start likewise.
         init_batches: Training batches that set the scales of inputs.
         scale_update: ``multiplicative`` (an optimizer's step d makes a scale s exp(d)), ``additive``, or ``auto``:
             multiplicative with optimizers of the Adam kind, whose steps don't shrink with the scale.

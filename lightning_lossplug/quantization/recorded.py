@@ -15,8 +15,10 @@ from lightning_lossplug.quantization.gated_layer import GatedLayer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.norm_rows import NormRows
 from lightning_lossplug.quantization.tape import Program, changes, is_taping, taped
+from lightning_lossplug.surgery.plug import WeightTransform
 from lightning_lossplug.surgery.trace import undisturbed
 
+OURS = (IntegerLayer, GatedLayer, NormRows)
 KINDS = 8  # kinds of inputs whose programs are kept
 
 
@@ -119,7 +121,7 @@ def record_modules(model: nn.Module) -> int:
     """
     count = 0
     for child in model.children():
-        if isinstance(child, (IntegerLayer, GatedLayer, NormRows)):
+        if isinstance(child, OURS):
             continue
         if _works(child):
             child.__class__ = _recorded_class(type(child))
@@ -146,10 +148,19 @@ def _same(module: nn.Module, width: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(2, 5, width, generator=generator) for _ in range(2))
     with undisturbed(module):
+        before = _kept(module)
         try:
             with taped(x) as tape:
                 y = module(x)
             program = tape.program(y) if isinstance(y, Tensor) else "it returns no tensor"
-            return isinstance(program, Program) and len(program) > 1 and torch.equal(program(other), module(other))
+            alone = isinstance(program, Program) and len(program) > 1 and _kept(module) == before
+            return alone and torch.equal(program(other), module(other))  # type: ignore[operator]
         except Exception:  # whatever a foreign forward does with such an input
             return False
+
+
+def _kept(module: nn.Module) -> dict[tuple[str, str], tuple[int, int]]:
+    # What a forward may leave behind in a module of somebody's, which a program would not.
+    foreign = [(n, m) for n, m in module.named_modules() if not isinstance(m, (*OURS, WeightTransform))]
+    found = [(n, key, value) for n, m in foreign for key, value in (vars(m) | m._buffers).items()]
+    return {(n, key): (id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for n, key, v in found}

@@ -45,7 +45,7 @@ from lightning_lossplug.surgery.select import (
 from lightning_lossplug.surgery.shards import full
 from lightning_lossplug.technique import Technique
 
-SEARCHED = ("lsq", "lsq_plus")  # up to 4 bits their steps start at the least squared error; see QATSettings
+SEARCHED = ("lsq", "lsq_plus")  # up to 4 bits their steps start at the least squared error
 ENDS = ("output layer", "first convolution")  # reasons of default_exclusions that first_last_bits overrides
 
 
@@ -66,8 +66,9 @@ class QATSettings:
         exclude: Glob patterns that are left out.
         first_last_bits: Bits of the first convolution and the output layer, where ``include`` doesn't name them; None
             leaves them as they are. The step of the images is measured, not learned.
-        weight_options: Further parameters of the weights' quantiser.
-        activation_options: Further parameters of the inputs' quantiser.
+        weight_options: Further parameters of the weights' quantiser. Up to 4 bits ``lsq`` and ``lsq_plus`` get
+            ``init="mse"`` unless these say otherwise.
+        activation_options: Further parameters of the inputs' quantiser, likewise.
         init_batches: Training batches that set the scales of inputs.
         scale_update: ``multiplicative`` makes an optimizer's step d on a scale s the step d on log s, so s becomes
             s exp(d); ``additive`` leaves it; ``auto`` is multiplicative with optimizers of the Adam kind (those with

@@ -346,6 +346,34 @@ def test_only_what_can_is_replaced():
     assert all(torch.equal(model(x), want) for _ in range(3))
 
 
+class Leaves(nn.Sequential):
+    """Leaves something behind at every call."""
+
+    def __init__(self, what):
+        super().__init__(layer(32, 32, 0), layer(32, 32, 1))
+        self.what, self.calls, self.seen = what, 0, []
+        self.register_buffer("last", torch.zeros(()))
+        self.eval()
+
+    def forward(self, x):
+        y = self[0](x)
+        if self.what == "an attribute":
+            self.first = y
+        elif self.what == "a count":
+            self.calls += 1
+        elif self.what == "an entry":
+            self.seen.append(y)
+        elif self.what == "a buffer":
+            self.last = y
+        return self[1](y)
+
+
+@pytest.mark.parametrize("what", ["an attribute", "a count", "an entry", "a buffer", "nothing"])
+def test_what_leaves_something_behind_stays(what):
+    model = nn.ModuleDict({"part": Leaves(what)})
+    assert record_modules(model) == (what == "nothing")
+
+
 def test_training_goes_the_old_way():
     model = Mixed()
     record_modules(model)

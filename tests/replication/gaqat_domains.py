@@ -25,16 +25,19 @@ from lightning_lossplug.callbacks import QAT, GradientAdaptiveQAT
 from lightning_lossplug.integrations import DomainShiftData
 from lightning_lossplug.integrations.data.domains import DOMAINS
 
+# Scales of few bits start as LSQ published them, those of the first and last layers from the range.
+START = {"weight_options": {"init": "auto"}, "activation_options": {"init": "auto"}}
+
 
 def two_passes(bits, run, sharpness, fraction):
     """GradientAdaptiveQAT with a share of the scales frozen, or none."""
     options = {"disorder_window": run["window"], "freeze_fraction": fraction, "sharpness": sharpness}
-    return GradientAdaptiveQAT(bits, bits, **options)
+    return GradientAdaptiveQAT(bits, bits, **options, **START)
 
 
 METHODS = {
     "float": lambda bits, run: None,
-    "LSQ": lambda bits, run: QAT(bits, bits),
+    "LSQ": lambda bits, run: QAT(bits, bits, **START),
     "LSQ+SAM": lambda bits, run: two_passes(bits, run, "sam", 0.0),
     "LSQ+SAGM": lambda bits, run: two_passes(bits, run, "sagm", 0.0),
     "GAQAT": lambda bits, run: two_passes(bits, run, "sagm", 0.2),

@@ -23,8 +23,7 @@ from lightning_lossplug.integrations.schedule import cosine_per_step
 
 SEVERAL = {
     "LSQ": {},
-    "LSQ, started as published": {"weight_options": {"init": "lsq"}, "activation_options": {"init": "lsq"}},
-    "LSQ, inputs started as published": {"activation_options": {"init": "lsq"}},
+    "LSQ, started as published": {"weight_options": {"init": "auto"}, "activation_options": {"init": "auto"}},
     "LSQ, inputs LSQ+": {"activation": "lsq_plus"},
     "LSQ+, started as published": {
         "weight": "lsq_plus",
@@ -42,7 +41,7 @@ METHODS = {
     "W2A8": {
         "SEQ": {},
         "LSQ": {"weight": "lsq"},
-        "LSQ, started as published": {"weight": "lsq", "weight_options": {"init": "lsq"}},
+        "LSQ, started as published": {"weight": "lsq", "weight_options": {"init": "auto"}},
         "EWGS": {"weight": "ewgs"},
     },
     "W1.58A8": {"SEQ": {}, "TBT": {"weight": "tbt", "weight_options": {"weight_bits": 2}}},

@@ -20,6 +20,7 @@ from lightning_lossplug.integrations import CausalLM, TextData, smollm2_path
 DYNAMIC = {"activation": "dynamic"}
 GROUPS = {"granularity": "group", "group_size": 64}
 MX = {"weight": "mx", "weight_options": {"elem": "fp4_e2m1"}}
+PUBLISHED = {"weight_options": {"init": "auto"}}
 # Row -> arguments of QAT, or None.
 ROWS = {
     "dense": None,
@@ -28,10 +29,10 @@ ROWS = {
     "W4A8, a step per token": {"bits_w": 4, "bits_a": 8, **DYNAMIC},
     "W4": {"bits_w": 4, "bits_a": None},
     "W4, groups of 64": {"bits_w": 4, "bits_a": None, **GROUPS},
-    "W4, groups of 64, least error": {"bits_w": 4, "bits_a": None, **GROUPS, "weight_options": {"init": "mse"}},
+    "W4, groups of 64, started as published": {"bits_w": 4, "bits_a": None, **GROUPS, **PUBLISHED},
     "W4, MXFP4": {"bits_w": 4, "bits_a": None, **MX},
-    "W3, groups of 64, least error": {"bits_w": 3, "bits_a": None, **GROUPS, "weight_options": {"init": "mse"}},
     "W3, groups of 64": {"bits_w": 3, "bits_a": None, **GROUPS},
+    "W3, groups of 64, started as published": {"bits_w": 3, "bits_a": None, **GROUPS, **PUBLISHED},
     "W2 (SEQ), groups of 64": {"bits_w": 2, "bits_a": None, **GROUPS},
     "W1.58 (SEQ), groups of 64": {"bits_w": 1.58, "bits_a": None, **GROUPS},
 }
