@@ -183,7 +183,9 @@ class Quantizer(nn.Module, ABC):
         """Raises :class:`LossplugError` when scales were never set, or have left the positive numbers."""
         if not self.ready:
             raise LossplugError(
-                "no training batch has set its scales yet", where=self.where, remedy="Train, or run a calibration batch"
+                "no training batch has set its scales yet",
+                where=self.where,
+                remedy="Train, or run a calibration batch; exclude a layer whose forward the model never calls",
             )
         for name in self.positive:
             scale = full(self.get_parameter(name))

@@ -24,6 +24,11 @@ from lightning_lossplug.surgery.attention import attending_layers, attention_of,
 from lightning_lossplug.surgery.fold_norm import fold_batch_norm
 from lightning_lossplug.surgery.plug import INPUT, latent, plain_class, plugged_layers, transform_of
 
+SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups"),
+)
+
 
 def quantizer_of(layer: nn.Module, parameter: str = "weight") -> Quantizer | None:
     """Returns the quantiser of a weight (or, with :data:`surgery.INPUT`, of the input), or None."""
@@ -73,6 +78,9 @@ def integer_layer(layer: nn.Module, where: str = "layer", backend: Backend = "au
         convolution = {n: v if isinstance(v := getattr(layer, n), int) else list(v) for n in names}
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     made = IntegerLayer(coded.codes, coded.scale, bias, (low, high), step, point, convolution, measured)
+    for attribute in SIZES:  # which the forward around it may read
+        if hasattr(layer, attribute):
+            setattr(made, attribute, getattr(layer, attribute))
     if not made.use(backend):
         raise LossplugError(f"the {backend} kernel can't compute this layer here", where=where, remedy="Use 'auto'")
     return made

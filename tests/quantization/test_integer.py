@@ -301,3 +301,23 @@ def test_a_tied_weight_is_written_once_and_loaded_under_both_names(tmp_path):
     loaded = load_packed(Tied(), tmp_path / "tied.safetensors")
     assert loaded.head.weight is loaded.table.weight
     torch.testing.assert_close(loaded(x), fold(model)(x))
+
+
+def test_a_forward_may_read_the_sizes_of_its_layers():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Linear(8, 6)
+
+        def forward(self, x):
+            x = torch.nn.functional.pad(x, (0, self.conv.kernel_size[0] + self.conv.stride[0], 0, 0))
+            return self.linear(self.conv(x).mean((2, 3))).reshape(-1, self.linear.out_features, 1)
+
+    model, x = Reads(), torch.randn(2, 4, 9, 9)
+    QATTechnique(QATSettings(8, 8, first_last_bits=8)).attach(model)
+    model.train()(x)
+    model.eval()
+    made, left = integer_model(model)
+    assert not left
+    with torch.no_grad():
+        assert (made(x) - model(x)).abs().max() <= 0.03 * model(x).abs().max()
