@@ -55,6 +55,19 @@ def test_data_without_a_range():
     assert mse_step(torch.ones(0, 3), [1], -7, 7).shape == (0, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_values_are_drawn_from(dtype, monkeypatch):
+    # Columns differ in scale: values at equal distances would all be of a few of them.
+    x = torch.randn(30, 8, 8, 64, generator=torch.Generator().manual_seed(0)).to(dtype) * torch.linspace(0.1, 4, 64)
+    want = mse_step(x, [0, 1, 2, 3], -8, 7)
+    monkeypatch.setattr(least_error, "DRAWN", 20_000)
+    got = mse_step(x, [0, 1, 2, 3], -8, 7)
+    assert got.shape == want.shape == (1, 1, 1, 1)
+    assert torch.equal(got, mse_step(x, [0, 1, 2, 3], -8, 7))
+    assert float(errors(x, got, [0, 1, 2, 3], -8, 7)) <= 1.01 * float(errors(x, want, [0, 1, 2, 3], -8, 7))
+    assert mse_step(x, [1, 2, 3], -8, 7).shape == (30, 1, 1, 1)
+
+
 def test_float64_and_half_precision():
     x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     want = mse_step(x, [1], -8, 7)

@@ -27,6 +27,7 @@ ROWS = {
     "W8A8, a step per token": {"bits_w": 8, "bits_a": 8, **DYNAMIC},
     "W8A8, a step per layer": {"bits_w": 8, "bits_a": 8},
     "W4A8, a step per token": {"bits_w": 4, "bits_a": 8, **DYNAMIC},
+    "W4A8, a step per token, started as published": {"bits_w": 4, "bits_a": 8, **DYNAMIC, **PUBLISHED},
     "W4": {"bits_w": 4, "bits_a": None},
     "W4, groups of 64": {"bits_w": 4, "bits_a": None, **GROUPS},
     "W4, groups of 64, started as published": {"bits_w": 4, "bits_a": None, **GROUPS, **PUBLISHED},
