@@ -43,7 +43,7 @@ def scale_of_range(x: Tensor, dims: Sequence[int], qn: float, qp: float) -> Tens
 def mse_step(x: Tensor, dims: Sequence[int], qn: float, qp: float) -> Tensor:
     """Returns the step with the least squared error among 80 fractions, 0.21 to 1, of the min-max step.
 
-    Where one step is for more than four million values, as of a layer's input, that many are drawn, the same every time.
+    Where one step is for more than four million values, as of a layer's input, that many are drawn, always the same.
 
     Args:
         x: Any shape.
