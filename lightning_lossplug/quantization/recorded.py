@@ -25,9 +25,9 @@ KINDS = 8  # kinds of inputs whose programs are kept
 class RecordedModule:
     """Mixin of a module that is made of C++ functions alone, and calls them in one go.
 
-    The second call with a kind of input (shape, dtype, threads) is written down, and the next ones run that. What it
-    holds, its keys and what it returns stay as they were. Inputs of another dtype, gradients, training, hooks on what is
-    inside, ``torch.compile`` and tracing get the forward it always had.
+    The second call with a kind of input (shape, dtype, threads) is written down, and the next ones run that.
+    What it holds, its keys and what it returns stay as they were. Inputs of another dtype, gradients, training,
+    hooks on what is inside, ``torch.compile`` and tracing get the forward it always had.
     """
 
 
