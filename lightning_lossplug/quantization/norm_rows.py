@@ -85,6 +85,10 @@ class NormRows(nn.Module):
         changed()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        changed()
+
     def extra_repr(self) -> str:
         """Width and kind."""
         return f"{len(self.weight)}, eps={self.eps}, {'layer norm' if self.centred else 'RMS norm'}"

@@ -15,6 +15,7 @@ from lightning_lossplug.quantization.gated_layer import GatedLayer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.norm_rows import NormRows
 from lightning_lossplug.quantization.tape import Program, changes, is_taping, taped
+from lightning_lossplug.surgery.attention import AttendingLayer, attending_class
 from lightning_lossplug.surgery.plug import WeightTransform
 from lightning_lossplug.surgery.trace import undisturbed
 
@@ -38,12 +39,15 @@ class _Programs:
         self.found: dict[tuple[Any, ...], Program | str | None] = {}
         inside = [m for m in module.modules() if m is not module]
         self.hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.parts = [(m._modules, tuple(m._modules.values())) for m in module.modules() if m._modules]
         self.version = changes()
+
+    def holds(self) -> bool:
+        """Tells whether nothing has other numbers or was replaced since."""
+        return self.version == changes() and all(tuple(now.values()) == then for now, then in self.parts)
 
     def take(self, kind: tuple[Any, ...]) -> Program | str | None:
         """Returns what is known of a kind of input; notes it if nothing is."""
-        if self.version != changes():
-            self.found, self.version = {}, changes()
         if kind in self.found:
             return self.found[kind]
         if len(self.found) >= KINDS:
@@ -83,32 +87,30 @@ def _recorded_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return y
             return program(x) if isinstance(program, Program) else cls.forward(self, *args, **kwargs)
 
-        namespace = {
-            "forward": forward,
-            # The class exists only here, so pickle and deepcopy rebuild it from the plain class.
-            "__reduce_ex__": lambda self, protocol: (_rebuild, (cls, _without_programs(self))),
-            "__module__": cls.__module__,
-        }
+        namespace = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__}
         _CLASSES[cls] = type(f"Recorded{cls.__name__}", (RecordedModule, cls), namespace)
     return _CLASSES[cls]
 
 
 def _programs(module: nn.Module) -> _Programs:
     found = module.__dict__.get("_programs")
-    if found is None:
+    if found is None or not found.holds():
         found = module.__dict__["_programs"] = _Programs(module)
     return found  # type: ignore[no-any-return]
 
 
-def _without_programs(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name != "_programs"}
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # The class exists only here, so pickle and deepcopy rebuild it from the plain class.
+    base, state = type(module).__bases__[1], module.__getstate__()
+    attends = issubclass(base, AttendingLayer)
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != "_programs"}
+    return _new, (base.__bases__[1] if attends else base, attends), state
 
 
-def _rebuild(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    module = cls.__new__(cls)
-    module.__class__ = _recorded_class(cls)
-    vars(module).update(state)
-    return module
+def _new(cls: type[nn.Module], attends: bool) -> nn.Module:
+    made = _recorded_class(attending_class(cls) if attends else cls)
+    return made.__new__(made)
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ _NOTHING = nullcontext()
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _attending_class(cls: type[nn.Module]) -> type[nn.Module]:
+def attending_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass whose attention a transform computes."""
     if cls not in _CLASSES:
 
         @functools.wraps(cls.forward)
@@ -85,7 +86,7 @@ def _attending_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _rebuild(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     layer = cls.__new__(cls)
-    layer.__class__ = _attending_class(cls)
+    layer.__class__ = attending_class(cls)
     vars(layer).update(state)
     return layer
 
@@ -122,7 +123,7 @@ def plug_attention(layer: nn.Module, transform: WeightTransform, *, where: str =
     layer.add_module(transforms_name(ATTENTION), nn.ModuleDict())
     stack: Any = layer._modules[transforms_name(ATTENTION)]
     stack[transform.stage] = transform if weight is None else transform.to(weight.device)
-    layer.__class__ = _attending_class(type(layer))
+    layer.__class__ = attending_class(type(layer))
 
 
 def replace_attention(layer: nn.Module, transform: WeightTransform) -> None:

@@ -140,6 +140,34 @@ def test_other_numbers_are_seen():
     assert torch.equal(made(x), plain(made)(x))
 
 
+def test_parts_that_are_replaced():
+    made, x = integer_model(vit()[0])[0], torch.randn(2, 3, 32, 32)
+    [made(x) for _ in range(3)]
+    made.blocks[1].mlp.drop2 = nn.Flatten(0, 0)  # which does nothing
+    assert torch.equal(made(x), plain(made)(x))
+    made.blocks[1].mlp.fc2 = copy.deepcopy(made.blocks[0].mlp.fc2)
+    assert torch.equal(made(x), plain(made)(x))
+    [made(x) for _ in range(3)]
+    made.blocks.append(made.blocks[0])
+    assert torch.equal(made(x), plain(made)(x))
+    [made(x) for _ in range(3)]
+    other = {name: t * 1.1 if "norm" in name else t for name, t in made.state_dict().items()}
+    made.load_state_dict(other, assign=True)
+    assert torch.equal(made(x), plain(made)(x))
+    assert isinstance(programs(made)[0], type(None))
+
+
+def test_copies_of_a_module_that_attends():
+    made, x = plain(integer_model(vit()[0])[0]), torch.randn(2, 5, 48)
+    holder = nn.ModuleDict({"attn": made.blocks[0].attn}).eval()
+    want = holder["attn"](x)
+    assert record_modules(holder) == 1
+    for twin in (holder, copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
+        assert type(twin["attn"]).__name__ == "RecordedAttendingAttention"
+        assert all(torch.equal(twin["attn"](x), want) for _ in range(3))
+        assert isinstance(programs(twin)[0], Program)
+
+
 def test_copies_and_files(tmp_path):
     made, x = integer_model(vit()[0])[0], torch.randn(2, 3, 32, 32)
     want = [made(x) for _ in range(3)][-1]
