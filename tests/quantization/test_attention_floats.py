@@ -50,12 +50,12 @@ def test_formula(sizes, causal, scale, seed):
         assert tape.steps or tape.refused  # it was the function, not torch's
         assert "scaled_dot_product_attention" not in tape.refused
         want = explicit_attention(*(t.double() for t in given_), **options)
-        assert (got - want).abs().max() <= 1e-5
+        assert (got - want).abs().max() <= 1e-4  # scores reach 60 at a scale of 3
         half = tuple(t.bfloat16() for t in given_)
         got = FloatAttention()(*half, **options)
         want = explicit_attention(*(t.double() for t in half), **options)
         assert got.dtype == torch.bfloat16
-        assert (got - want).abs().max() <= 2**-8 * want.abs().max()
+        assert (got - want).abs().max() <= 2**-8 * want.abs().max() + 1e-4
 
 
 @needs_function
