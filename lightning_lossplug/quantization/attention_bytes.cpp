@@ -159,23 +159,14 @@ template <class T> static void attend(const Problem &p, int64_t b, int64_t h, in
 }
 
 template <class T> static void run(const Problem &p) {
-    const int64_t blocks = (p.rows + BLOCK - 1) / BLOCK, groups = p.heads / p.key_heads;
-#pragma omp parallel num_threads((int)p.threads)
-    {
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t h = 0; h < p.heads; h++)
-                for (int operand = 0; operand < 3; operand++) {
-                    if (operand == 0) pack_queries<T>(p, b, h);
-                    else if (h % groups) continue;
-                    else if (operand == 1) pack_keys<T>(p, b, h / groups);
-                    else pack_values<T>(p, b, h / groups);
-                }
-#pragma omp for collapse(3) schedule(dynamic, 2)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t h = 0; h < p.heads; h++)
-                for (int64_t block = 0; block < blocks; block++) attend<T>(p, b, h, block * BLOCK);
-    }
+    over_heads(
+        p, BLOCK,
+        [&](int operand, int64_t b, int64_t h) {
+            if (operand == 0) pack_queries<T>(p, b, h);
+            else if (operand == 1) pack_keys<T>(p, b, h);
+            else pack_values<T>(p, b, h);
+        },
+        [&](int64_t b, int64_t h, int64_t first) { attend<T>(p, b, h, first); });
 }
 
 extern "C" {

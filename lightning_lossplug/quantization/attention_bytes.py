@@ -15,7 +15,7 @@ from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.attention import OPERANDS, AttentionQuant
 from lightning_lossplug.quantization.base import Quantizer
 from lightning_lossplug.quantization.dynamic import Dynamic
-from lightning_lossplug.quantization.tape import changed, is_taping, write_down
+from lightning_lossplug.quantization.tape import changed, running_tape
 from lightning_lossplug.surgery.attention import unheard
 
 SOURCE = Path(__file__).with_name("attention_bytes.cpp")
@@ -115,10 +115,10 @@ class IntegerAttention(AttentionQuant):
         problem.key_sums, problem.out = at, out.data_ptr()
         problem.key_codes, problem.value_codes, problem.query_codes = (at + offset for offset in plan.offsets)
         library.lossplug_integer_attention(ctypes.byref(problem))
-        if is_taping():
+        if (tape := running_tape()) is not None:
             reads = {"query": query, "key": key, "value": value}
             own = dict.fromkeys(("key_sums", "key_codes", "value_codes", "query_codes"), memory)
-            write_down(library.lossplug_integer_attention, problem, reads, own | {"out": out}, self)
+            tape.add(library.lossplug_integer_attention, problem, reads, own | {"out": out}, self)
         return out.transpose(1, 2)
 
     def _plan(self, kind: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor) -> Plan:

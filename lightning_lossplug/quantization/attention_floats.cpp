@@ -1,6 +1,7 @@
 // Attention in float32 arithmetic: scores, softmax and weighted values of six rows at a time. Operands and output are
 // float32 or bfloat16.
 
+#include "bfloat16.h"
 #include "vnni.h"
 
 struct Problem {
@@ -21,15 +22,6 @@ struct Problem {
 #include <vector>
 
 static const int64_t BLOCK = 12;  // rows of a task
-
-INLINED float single(float x) { return x; }
-
-INLINED float single(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
 
 template <class T> static void pack_queries(const Problem &p, int64_t b, int64_t h) {
     const T *from = (const T *)p.query + b * p.query_strides[0] + h * p.query_strides[1];
@@ -144,23 +136,14 @@ template <class T> static void attend(const Problem &p, int64_t b, int64_t h, in
 }
 
 template <class T> static void run(const Problem &p) {
-    const int64_t blocks = (p.rows + BLOCK - 1) / BLOCK, groups = p.heads / p.key_heads;
-#pragma omp parallel num_threads((int)p.threads)
-    {
-#pragma omp for collapse(3) schedule(dynamic)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t h = 0; h < p.heads; h++)
-                for (int operand = 0; operand < 3; operand++) {
-                    if (operand == 0) pack_queries<T>(p, b, h);
-                    else if (h % groups) continue;
-                    else if (operand == 1) pack_keys<T>(p, b, h / groups);
-                    else pack_values<T>(p, b, h / groups);
-                }
-#pragma omp for collapse(3) schedule(dynamic, 2)
-        for (int64_t b = 0; b < p.batch; b++)
-            for (int64_t h = 0; h < p.heads; h++)
-                for (int64_t block = 0; block < blocks; block++) attend<T>(p, b, h, block * BLOCK);
-    }
+    over_heads(
+        p, BLOCK,
+        [&](int operand, int64_t b, int64_t h) {
+            if (operand == 0) pack_queries<T>(p, b, h);
+            else if (operand == 1) pack_keys<T>(p, b, h);
+            else pack_values<T>(p, b, h);
+        },
+        [&](int64_t b, int64_t h, int64_t first) { attend<T>(p, b, h, first); });
 }
 
 extern "C" {

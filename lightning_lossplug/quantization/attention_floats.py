@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.attention_bytes import EACH, TILE, TYPES, plain_call
-from lightning_lossplug.quantization.tape import is_taping, write_down
+from lightning_lossplug.quantization.tape import running_tape
 from lightning_lossplug.surgery.attention import AttendingLayer, find_attention, plug_attention, unheard
 from lightning_lossplug.surgery.plug import WeightTransform
 
@@ -38,7 +38,9 @@ class _Problem(ctypes.Structure):
 @cache
 def float_attention_library() -> ctypes.CDLL | str:
     """Returns the compiled function, or in words why there is none."""
-    library = load_with(SOURCE, _Problem, "lossplug_float_attention_bytes", "this processor has no AVX-512")
+    library = load_with(
+        SOURCE, _Problem, "lossplug_float_attention_bytes", "this processor has no VNNI instructions (AVX-512)"
+    )
     if not isinstance(library, str):
         library.lossplug_float_attention.argtypes = [ctypes.c_void_p]
         library.lossplug_float_attention.restype = None
@@ -97,7 +99,7 @@ def _attend(
         *(*places, out.data_ptr()),
     )
     library.lossplug_float_attention(ctypes.addressof(problem))
-    if is_taping():
+    if (tape := running_tape()) is not None:
         reads = dict(zip(_OPERANDS, (query, key, value), strict=True))
-        write_down(library.lossplug_float_attention, problem, reads, dict.fromkeys(_OWN, memory) | {"out": out}, None)
+        tape.add(library.lossplug_float_attention, problem, reads, dict.fromkeys(_OWN, memory) | {"out": out}, None)
     return out.transpose(1, 2)

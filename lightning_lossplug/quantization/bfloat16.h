@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-static inline float wide(float value) { return value; }
+static inline float single(float value) { return value; }
 
-static inline float wide(uint16_t half) {  // bfloat16
+static inline float single(uint16_t half) {  // bfloat16
     uint32_t bits = (uint32_t)half << 16;
     float value;
     std::memcpy(&value, &bits, 4);

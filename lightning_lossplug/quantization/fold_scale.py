@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lossplug.quantization.emission import PLAIN
+from lightning_lossplug.quantization.integer_fuse import skip_passes
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
-from lightning_lossplug.surgery.fold_norm import PASSES
 from lightning_lossplug.surgery.trace import traced_regions
 
 
@@ -31,8 +31,7 @@ def fold_layer_scales(model: nn.Module) -> int:
             layer = region.layer(node)
             if not isinstance(layer, IntegerLayer) or layer.emission != PLAIN:
                 continue
-            while len(node.users) == 1 and isinstance(region.layer(next(iter(node.users))), PASSES):
-                node = next(iter(node.users))
+            node = skip_passes(region, node)
             after = next(iter(node.users)) if len(node.users) == 1 else None
             factors = found.get(region.layer(after))  # type: ignore[arg-type]
             if factors is None or factors.shape != layer.weight_scale.shape:

@@ -38,13 +38,13 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
-    node, act = _skip(region, node), None
+    node, act = skip_passes(region, node), None
     if len(node.users) != 1 or (layer.dynamic and layer.function is None):
         return False
     found = next(iter(node.users))
     kind = ACTIVATIONS.get(type(region.layer(found)))  # type: ignore[arg-type]
     if kind is not None:
-        act, node = found, _skip(region, found)
+        act, node = found, skip_passes(region, found)
     plain = PLAIN if kind is None else kind(region.layer(act))
     as_bytes = None if layer.dynamic else _to_bytes(layer, plain, _readers(region, node))
     for emission in (as_bytes, plain):
@@ -57,8 +57,8 @@ def _fuse(region: Region, node: fx.Node, layer: IntegerLayer) -> bool:
     return False
 
 
-def _skip(region: Region, node: fx.Node) -> fx.Node:
-    # Forward over what does nothing in evaluation.
+def skip_passes(region: Region, node: fx.Node) -> fx.Node:
+    """Returns the last node behind one, over what does nothing in evaluation and nobody else reads."""
     while len(node.users) == 1 and isinstance(region.layer(next(iter(node.users))), PASSES):
         node = next(iter(node.users))
     return node

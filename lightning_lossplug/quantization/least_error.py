@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lossplug.native import load, reachable
 from lightning_lossplug.quantization.grid import EPS, upcast
+from lightning_lossplug.quantization.observers import minmax_range
 
 SOURCE = Path(__file__).with_name("least_error.cpp")
 FRACTIONS = tuple(1 - 0.01 * i for i in range(80))
@@ -23,7 +24,7 @@ DRAWN = 1 << 22
 @cache
 def _library() -> ctypes.CDLL | None:
     library = load(SOURCE)
-    if isinstance(library, str):  # the same search in PyTorch, some thirty times as slow
+    if isinstance(library, str):  # the same search in PyTorch, six to ten times as slow
         return None
     integer, real, pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     library.lossplug_least_error.argtypes = [
@@ -36,7 +37,7 @@ def _library() -> ctypes.CDLL | None:
 
 def scale_of_range(x: Tensor, dims: Sequence[int], qn: float, qp: float) -> Tensor:
     """Returns the least step whose grid ``[qn, qp] * step`` holds all values."""
-    lo, hi = x.amin(list(dims), keepdim=True), x.amax(list(dims), keepdim=True)
+    lo, hi = minmax_range(x, dims)
     return torch.maximum(hi / qp, lo / qn if qn else torch.zeros_like(lo)).clamp_min(0)
 
 
@@ -78,8 +79,9 @@ def mse_step(x: Tensor, dims: Sequence[int], qn: float, qp: float) -> Tensor:
 def mse_ends(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Returns the ends of the evenly spaced levels with the least squared error, zero among what they span.
 
-    Least and largest value (or 0) each shrink by 0, 5 ... 95 percent, in all combinations. Values count by a histogram,
-    whose bins are at least thirteen times as narrow as the steps of four bits that are tried.
+    Where :func:`~lightning_lossplug.quantization.observers.mse_range` shrinks both ends alike, here least and largest
+    value (or 0) each shrink by 0, 5 ... 95 percent, in all combinations. Values count by a histogram, whose bins are at
+    least thirteen times as narrow as the steps of four bits that are tried.
 
     Args:
         x: Any shape; one range for all of it.

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import load_with
 from lightning_lossplug.quantization.emission import Emission
-from lightning_lossplug.quantization.tape import is_taping, write_down
+from lightning_lossplug.quantization.tape import running_tape
 
 SOURCE = Path(__file__).with_name("linear_bytes.cpp")
 WIDEST = 1 << 16  # inputs whose products surely fit 32 bits
@@ -126,9 +126,9 @@ class LinearOnBytes:
                 *(x.data_ptr(), None if times is None else times.data_ptr(), None, y.data_ptr()),
             )
             self._function(ctypes.addressof(call))
-            if is_taping():
+            if (tape := running_tape()) is not None:
                 reads = {"x": x} if times is None else {"x": x, "times": times}
-                write_down(self._function, call, reads, {"y": y}, self, "plus" if emission.scale is None else None)
+                tape.add(self._function, call, reads, {"y": y}, self, "plus" if emission.scale is None else None)
         return y
 
     def _problem(self, emission: Emission) -> _Linear:

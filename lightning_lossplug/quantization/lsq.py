@@ -132,7 +132,7 @@ class LSQ(Quantizer):
         init: ``lsq`` (:math:`2\,\mathrm{mean}|x|/\sqrt{Q_p}`, as published), ``minmax``, ``mse`` (least squared error
             on a grid), or ``auto``: ``lsq`` up to 4 bits and ``minmax`` above, where the published start clips at
             :math:`2\sqrt{Q_p}` means, 22 of them at 8 bits, which breaks models with large activations (SmolLM2,
-            untrained: perplexity 3,833 instead of 36).
+            untrained: perplexity 3,833 instead of 36). ``QAT`` asks for ``mse`` up to 4 bits.
         scale_param: ``linear`` learns s, ``log`` learns log s, which can't cross 0.
         per_channel: One step per index of ``axis``.
         group_size: One step per this many consecutive entries of a channel.

@@ -23,19 +23,19 @@ static void norm(const Norm &p) {
         float mean = 0, square = 0;
         if (p.centred) {
 #pragma omp simd reduction(+ : mean)
-            for (int64_t c = 0; c < columns; c++) mean += wide(in[c]);
+            for (int64_t c = 0; c < columns; c++) mean += single(in[c]);
             mean /= (float)columns;
         }
 #pragma omp simd reduction(+ : square)
         for (int64_t c = 0; c < columns; c++) {
-            const float off = wide(in[c]) - mean;
+            const float off = single(in[c]) - mean;
             square += off * off;
         }
         const float scale = (float)(1 / std::sqrt((double)square / (double)columns + p.eps));
         if (bias)
-            for (int64_t c = 0; c < columns; c++) narrow((wide(in[c]) - mean) * scale * weight[c] + bias[c], out + c);
+            for (int64_t c = 0; c < columns; c++) narrow((single(in[c]) - mean) * scale * weight[c] + bias[c], out + c);
         else
-            for (int64_t c = 0; c < columns; c++) narrow((wide(in[c]) - mean) * scale * weight[c], out + c);
+            for (int64_t c = 0; c < columns; c++) narrow((single(in[c]) - mean) * scale * weight[c], out + c);
     }
 }
 

@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.native import load_with, takes
-from lightning_lossplug.quantization.tape import changed, is_taping, write_down
+from lightning_lossplug.quantization.tape import changed, running_tape
 from lightning_lossplug.surgery.attention import unheard
 
 SOURCE = Path(__file__).with_name("norm_rows.cpp")
@@ -58,8 +59,18 @@ class NormRows(nn.Module):
         self.eps, self.centred = eps, centred
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the norm of ``x``, in its dtype."""
+        """Returns the norm of ``x``, in its dtype.
+
+        Raises:
+            LossplugError: An input of another width.
+        """
         with unheard():
+            if x.shape[-1:] != self.weight.shape:
+                raise LossplugError(
+                    f"an input of shape {tuple(x.shape)} for a norm of {len(self.weight)} channels",
+                    where="norm",
+                    remedy=f"Give it {len(self.weight)} values in the last axis",
+                )
             # In this order: a compiler that traces this must not look into the loading of a library.
             if x.dtype in (torch.float32, torch.bfloat16) and takes(x) and (library := _library()) is not None:
                 y, columns = torch.empty_like(x), x.shape[-1]
@@ -68,8 +79,8 @@ class NormRows(nn.Module):
                 sizes = (x.element_size(), rows, columns, self.centred, threads, self.eps)
                 call = _Norm(*sizes, self.weight.data_ptr(), bias, x.data_ptr(), y.data_ptr())
                 library.lossplug_norm_rows(ctypes.addressof(call))
-                if is_taping():
-                    write_down(library.lossplug_norm_rows, call, {"x": x}, {"y": y}, (self.weight, self.bias))
+                if (tape := running_tape()) is not None:
+                    tape.add(library.lossplug_norm_rows, call, {"x": x}, {"y": y}, (self.weight, self.bias))
                 return y
             wide = x.float()
             if self.centred:

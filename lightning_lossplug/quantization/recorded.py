@@ -14,7 +14,7 @@ from lightning_lossplug.native import takes
 from lightning_lossplug.quantization.gated_layer import GatedLayer
 from lightning_lossplug.quantization.integer_layer import IntegerLayer
 from lightning_lossplug.quantization.norm_rows import NormRows
-from lightning_lossplug.quantization.tape import Program, changes, is_taping, taped
+from lightning_lossplug.quantization.tape import Program, changes, running_tape, taped
 from lightning_lossplug.surgery.attention import AttendingLayer, attending_class
 from lightning_lossplug.surgery.plug import WeightTransform
 from lightning_lossplug.surgery.trace import undisturbed
@@ -57,7 +57,7 @@ class _Programs:
 
 
 def _usable(module: nn.Module, x: Any) -> bool:
-    if module.training or not isinstance(x, Tensor) or not takes(x) or is_taping() or not x.numel():
+    if module.training or not isinstance(x, Tensor) or not takes(x) or running_tape() is not None or not x.numel():
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or (x.requires_grad and torch.is_grad_enabled()):
         return False

@@ -10,7 +10,7 @@ static void to_bytes(const T *x, int64_t rows, int64_t columns, float top, uint8
         // Magnitudes as integers: their order is that of the numbers, and NaN is above all.
         int32_t largest = 0;
         for (int64_t c = 0; c < columns; c++) {
-            float value = wide(in[c]);
+            float value = single(in[c]);
             int32_t bits;
             std::memcpy(&bits, &value, 4);
             bits &= 0x7fffffff;
@@ -23,7 +23,7 @@ static void to_bytes(const T *x, int64_t rows, int64_t columns, float top, uint8
         steps[r] = step;
         for (int64_t c = 0; c < columns; c++) {
             // Added to 1.5 * 2^23, a small number is rounded to a whole one, ties to even, in the lowest bits.
-            float value = wide(in[c]) / step + 12582912.0f;
+            float value = single(in[c]) / step + 12582912.0f;
             int32_t bits;
             std::memcpy(&bits, &value, 4);
             out[r * columns + c] = (uint8_t)(bits - 0x4b400000 + (int32_t)top);
@@ -36,7 +36,7 @@ static void with_step(const T *x, int64_t count, float step, int32_t zero, float
                       int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
-        float value = wide(x[i]) / step;
+        float value = single(x[i]) / step;
         value = value < low ? low : value;
         value = (value > high ? high : value) + 12582912.0f;
         int32_t bits;

@@ -84,26 +84,9 @@ def changes() -> int:
     return _changes
 
 
-def write_down(
-    function: Any,
-    arguments: ctypes.Structure,
-    reads: dict[str, Tensor],
-    writes: dict[str, Tensor],
-    holds: object,
-    plus: str | None = None,
-) -> None:
-    """Tells the tape, if one runs, what function was just called.
-
-    Args:
-        function: Of a library; it takes a pointer to its arguments.
-        arguments: As given to it.
-        reads: The tensors that are read, by the names of the pointers into them.
-        writes: The tensors that are written, likewise.
-        holds: An object that keeps everything else alive that the arguments point to.
-        plus: A pointer to what the function would add to the one tensor it writes, which has its size and dtype.
-    """
-    if _here.tape is not None:
-        _here.tape.add(function, arguments, reads, writes, holds, plus)
+def running_tape() -> Tape | None:
+    """Returns the tape that runs in this thread; whoever calls a C++ function tells it by :meth:`Tape.add`."""
+    return _here.tape
 
 
 @dataclass
@@ -171,7 +154,16 @@ class Tape(Listening):
         holds: object,
         plus: str | None = None,
     ) -> None:
-        """See :func:`write_down`."""
+        """Writes down a function that was just called.
+
+        Args:
+            function: Of a library; it takes a pointer to its arguments.
+            arguments: As given to it.
+            reads: The tensors that are read, by the names of the pointers into them.
+            writes: The tensors that are written, likewise.
+            holds: An object that keeps everything else alive that the arguments point to.
+            plus: A pointer to what the function would add to the one tensor it writes, which has its size and dtype.
+        """
         here, pointers = len(self.steps), []
         for tensor in {_storage(t): t for t in writes.values()}.values():
             self.known[_storage(tensor)] = len(self.buffers)
@@ -311,11 +303,6 @@ def taped(x: Tensor) -> Iterator[Tape]:
             yield tape
     finally:
         _here.tape = None
-
-
-def is_taping() -> bool:
-    """Tells whether a tape runs in this thread."""
-    return _here.tape is not None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -100,6 +100,27 @@ template <class F> INLINED void in_parts(int64_t columns, F do_part) {
     }
 }
 
+// What both attentions do, on several threads: pack(operand, batch, head) of queries (0), keys (1) and values (2), then
+// attend(batch, head, first row) for every block of rows. Heads of queries share those of keys and values.
+template <class P, class Pack, class Attend>
+static void over_heads(const P &p, int64_t block, Pack pack, Attend attend) {
+    const int64_t blocks = (p.rows + block - 1) / block, groups = p.heads / p.key_heads;
+#pragma omp parallel num_threads((int)p.threads)
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t h = 0; h < p.heads; h++)
+                for (int operand = 0; operand < 3; operand++) {
+                    if (operand == 0) pack(operand, b, h);
+                    else if (h % groups == 0) pack(operand, b, h / groups);
+                }
+#pragma omp for collapse(3) schedule(dynamic, 2)
+        for (int64_t b = 0; b < p.batch; b++)
+            for (int64_t h = 0; h < p.heads; h++)
+                for (int64_t i = 0; i < blocks; i++) attend(b, h, i * block);
+    }
+}
+
 // exp to two units in the last place, of numbers whose exp is a float32 number above 0; less is taken for -87.
 INLINED __m512 exponential(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lightning_lossplug.errors import LossplugError
 from lightning_lossplug.quantization.norm_rows import NormRows, _library, replace_norms
 
 needs_compiler = pytest.mark.skipif(_library() is None, reason="there is no C++ compiler")
@@ -112,3 +113,10 @@ def test_a_vision_transformer():
         assert (half(x.bfloat16()) - want).abs().max() <= 0.1 * want.abs().max()
         exported = torch.export.export(made.float(), (x,)).module()(x)
         torch.testing.assert_close(exported, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("width", [1, 7, 9, 4096])
+def test_another_width_is_refused(width):
+    norm = NormRows(torch.ones(8), None, 1e-6, True)
+    with pytest.raises(LossplugError, match=rf"shape \(3, {width}\) for a norm of 8 channels"):
+        norm(torch.randn(3, width))

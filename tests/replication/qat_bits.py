@@ -24,6 +24,7 @@ from lightning_lossplug.integrations.schedule import cosine_per_step
 SEVERAL = {
     "LSQ": {},
     "LSQ, started as published": {"weight_options": {"init": "auto"}, "activation_options": {"init": "auto"}},
+    "LSQ, inputs started as published": {"activation_options": {"init": "auto"}},
     "LSQ, inputs LSQ+": {"activation": "lsq_plus"},
     "LSQ+, started as published": {
         "weight": "lsq_plus",
